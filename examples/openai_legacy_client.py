@@ -1,0 +1,36 @@
+"""Talks to the OpenAI-compatible server with the package's old interface (pip install openai==0.28.1).
+
+Start the server first: python -m cacheflow.entrypoints.openai.openai_frontend --model facebook/opt-125m
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import openai
+
+
+def main() -> None:
+    """Completes a text at once and as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base-url", default="http://localhost:8000/v1")
+    parser.add_argument("--model", default="facebook/opt-125m")
+    arguments = parser.parse_args()
+
+    # Modify OpenAI's API key and API base to use CacheFlow's API server.
+    openai.api_key = "EMPTY"
+    openai.api_base = arguments.base_url
+
+    print("Models:", [model["id"] for model in openai.Model.list()["data"]])
+
+    completion = openai.Completion.create(model=arguments.model, prompt="San Francisco is a")
+    print("Completion result:", completion)
+
+    print("As it grows: ", end="")
+    for chunk in openai.Completion.create(model=arguments.model, prompt="San Francisco is a", temperature=0, stream=True):
+        print(chunk["choices"][0]["text"], end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""`AsyncLLMServer`: generation for asyncio programs, on an engine in a process of its own.
+
+It owns the text side of each request: tokens in, text and stop strings out. It knows the engine only as an `EngineClient`,
+whether supervised here or running elsewhere, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncGenerator
+from types import TracebackType
+
+from cacheflow.config import EngineConfig
+from cacheflow.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from cacheflow.service.client import EngineClient
+from cacheflow.service.supervisor import EngineProcess
+from cacheflow.text.assembler import RequestAssembler
+from cacheflow.text.requests import make_request
+from cacheflow.text.tokenizer import Tokenizer
+from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncLLMServer:
+    """Generates for many callers at once. Made by `start` or `connect`, and to be closed; `async with` closes it.
+
+    Example:
+        async with await AsyncLLMServer.start(EngineConfig(model="demo")) as server:
+            async for output in server.generate("The capital of France is", SamplingParams(temperature=0)):
+                print(output.outputs[0].text)
+
+    Attributes:
+        tokenizer: The model's.
+    """
+
+    def __init__(self, client: EngineClient, process: EngineProcess | None) -> None:
+        self.tokenizer = Tokenizer(client.model_info.tokenizer, client.model_info.vocab_size)
+        self._client = client
+        self._process = process
+        self._watch = None if process is None else asyncio.create_task(self._watch_process(process))
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> AsyncLLMServer:
+        """Starts an engine in a child process and waits until it is ready. The child ends with this process.
+
+        Raises:
+            CacheflowError: The model can't be loaded, for the reasons that `LLM` has.
+            EngineDeadError: The process ended before it was ready.
+        """
+        process = await EngineProcess.start(config)
+        try:
+            client = await process.connect()
+            try:
+                return cls(client, process)
+            except BaseException:
+                await client.close()
+                raise
+        except BaseException:
+            await process.close()
+            raise
+
+    @classmethod
+    async def connect(cls, address: str, timeout_s: float = 60.0) -> AsyncLLMServer:
+        """Uses an engine that runs elsewhere: `cacheflow engine --listen ADDRESS`.
+
+        Args:
+            address: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
+            timeout_s: How long to wait for an answer. An engine that answers that it is loading is waited for.
+
+        Raises:
+            ConfigError: The address is not one, or not on this machine.
+            EngineDeadError: Nobody answers, or the two sides speak different versions.
+            CacheflowError: The engine could not load its model.
+        """
+        client = await EngineClient.connect(address, timeout_s)
+        try:
+            return cls(client, None)
+        except BaseException:
+            await client.close()
+            raise
+
+    async def __aenter__(self) -> AsyncLLMServer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The served model."""
+        return self._client.model_info
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine is there, as far as is known."""
+        return self._client.is_alive
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generates for one prompt; each output has everything so far, the last one is `finished`.
+
+        The request is checked at once and sent when iteration begins. Leaving the iterator early, by `break`, an exception or
+        cancellation, aborts it.
+
+        Args:
+            prompt: Text, or token ids that are taken as they are.
+            sampling_params: None: the defaults.
+            request_id: Unique among this server's unfinished requests. None: drawn.
+            priority: Smaller is sooner, under the `priority` policy.
+            cache_salt: Requests share cached blocks only under equal salts.
+
+        Raises:
+            InvalidRequestError: The request can't be served, or its id is in use.
+            EngineOverloadedError: The engine's waiting room is full.
+            RequestFailedError: The request failed inside the engine.
+            EngineDeadError: The engine ended or can't be reached.
+        """
+        text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        request = make_request(
+            self.model_info,
+            self.tokenizer,
+            text,
+            token_ids,
+            sampling_params,
+            secrets.token_hex(8) if request_id is None else request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            client_id=self._client.client_id,
+        )
+        logger.debug("Request %s: prompt %r, %s", request.request_id, prompt, request.params)
+        return self._stream(request, text)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its iterator gives a last output with the finish reason "abort". An unknown id is ignored."""
+        self._client.abort(request_id)
+
+    async def stats(self) -> EngineStats:
+        """A reading of the engine.
+
+        Raises:
+            EngineDeadError: The engine ended or can't be reached.
+        """
+        return await self._client.stats()
+
+    async def close(self) -> None:
+        """Aborts what is unfinished, leaves the engine, and ends it if it was started here. May be called twice."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._client.close()
+        if self._process is not None:
+            await self._process.close()
+
+    async def _stream(self, request: EngineRequest, prompt: str | None) -> AsyncGenerator[RequestOutput, None]:
+        assembler = RequestAssembler(self.tokenizer, request, prompt)
+        async with contextlib.aclosing(self._client.submit(request)) as updates:
+            async for update in updates:
+                if update.error is not None:
+                    if update.is_invalid:
+                        raise InvalidRequestError(update.error)
+                    raise RequestFailedError(update.error)
+                output = assembler.apply(update)
+                for index in assembler.take_stopped():
+                    if not output.finished:
+                        self._client.abort(request.request_id, index)
+                yield output
+                if output.finished:
+                    return  # If stop strings ended it, the engine does not know yet: leaving `updates` tells it.
+
+    async def _watch_process(self, process: EngineProcess) -> None:
+        end = await process.ended()
+        logger.error("%s.", end)
+        self._client.fail(EngineDeadError(f"{end}."))

@@ -1,0 +1,180 @@
+"""Conformance of `cacheflow.op_providers`: every operation against its definition in float32.
+
+An error is RMS(out - reference) / RMS(reference), with one limit per dtype. Says nothing about speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cacheflow.conformance.verdict import NotApplicable, expect, expect_close, expect_reasons
+from cacheflow.interfaces import OpSpec
+
+NUM_ROWS = (1, 3, 17)
+SIZES = (64, 576, 7)
+"""Elements of a row; the last is too odd for any vector width."""
+
+
+def _specs() -> Iterator[OpSpec]:
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield OpSpec(dtype=dtype, device=device)
+
+
+def _providers(plugin: Any) -> list[tuple[OpSpec, Any]]:
+    """An instance for each device and dtype that the provider supports."""
+    refusals: dict[str, None] = {}
+    found = []
+    for spec in _specs():
+        reasons = expect_reasons(plugin.supports(spec))
+        if reasons:
+            refusals.update(dict.fromkeys(reasons))
+        else:
+            found.append((spec, plugin(spec)))
+    if not found:
+        raise NotApplicable("; ".join(refusals))
+    return found
+
+
+class _Draw:
+    """Random tensors of a spec's dtype, from a fixed seed."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        self._spec = spec
+        self._generator = torch.Generator().manual_seed(2)
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator).to(device=self._spec.device, dtype=self._spec.dtype)
+
+
+def _expect_result(out: torch.Tensor, reference: torch.Tensor, spec: OpSpec, what: str) -> None:
+    expect(out.dtype == spec.dtype, f"{what}: the output is {out.dtype}, the input {spec.dtype}")
+    expect_close(out, reference, spec.dtype, what)
+
+
+def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`, in float32."""
+    x = x.float()
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight.float()
+
+
+def reference_rotary(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, head_size: int, is_neox: bool
+) -> torch.Tensor:
+    """Each pair of elements of each head turned by its angle, one pair at a time, in float32."""
+    heads = x.float().reshape(x.shape[0], -1, head_size).clone()
+    half = cos_sin.shape[1] // 2
+    for pair in range(half):
+        first, second = (pair, pair + half) if is_neox else (2 * pair, 2 * pair + 1)
+        cos, sin = cos_sin[positions, pair, None], cos_sin[positions, half + pair, None]
+        a, b = heads[..., first].clone(), heads[..., second].clone()
+        heads[..., first] = a * cos - b * sin
+        heads[..., second] = b * cos + a * sin
+    return heads.reshape(x.shape)
+
+
+def check_supports_gives_reasons(plugin: Any, name: str) -> None:
+    """`supports` answers every dtype and device with a tuple of sentences."""
+    _providers(plugin)
+
+
+def check_linear(plugin: Any, name: str) -> None:
+    """`x @ weight.T + bias`, with and without bias, for one row and for many."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for in_features, out_features in ((64, 96), (576, 64), (33, 7)):
+            weight = draw(out_features, in_features)
+            for bias in (None, draw(out_features)):
+                apply = ops.linear(weight.clone(), None if bias is None else bias.clone())
+                for rows in NUM_ROWS:
+                    x = draw(rows, in_features)
+                    reference = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+                    what = f"linear {in_features} to {out_features}, {rows} rows, {'no bias' if bias is None else 'bias'}"
+                    _expect_result(apply(x), reference, spec, what)
+
+
+def check_rms_norm(plugin: Any, name: str) -> None:
+    """RMSNorm, without changing its input."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for size in SIZES:
+            for rows in NUM_ROWS:
+                x, weight = draw(rows, size), draw(size)
+                before = x.clone()
+                _expect_result(
+                    ops.rms_norm(x, weight, 1e-5), reference_rms_norm(x, weight, 1e-5), spec, f"rms_norm [{rows}, {size}]"
+                )
+                expect(torch.equal(x, before), f"rms_norm [{rows}, {size}] changed its input")
+
+
+def check_fused_add_rms_norm(plugin: Any, name: str) -> None:
+    """`(rms_norm(x + residual), x + residual)`."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for size in SIZES:
+            for rows in NUM_ROWS:
+                x, residual, weight = draw(rows, size), draw(rows, size), draw(size)
+                total = x.float() + residual.float()
+                out, new_residual = ops.fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+                what = f"fused_add_rms_norm [{rows}, {size}]"
+                _expect_result(new_residual, total, spec, f"{what}, the new residual")
+                _expect_result(out, reference_rms_norm(total, weight, 1e-6), spec, what)
+
+
+def check_layer_norm(plugin: Any, name: str) -> None:
+    """LayerNorm, with and without bias."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for size in SIZES:
+            for bias in (None, draw(size)):
+                x, weight = draw(5, size), draw(size)
+                wide = x.float()
+                centred = wide - wide.mean(dim=-1, keepdim=True)
+                reference = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.float()
+                reference = reference if bias is None else reference + bias.float()
+                _expect_result(ops.layer_norm(x, weight, bias, 1e-5), reference, spec, f"layer_norm [5, {size}]")
+
+
+def check_rotary(plugin: Any, name: str) -> None:
+    """Both pairings, whole and partial heads, grouped kv heads, rows that are columns of a wider tensor."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for head_size, rotary_size in ((64, 64), (64, 32), (80, 20)):
+            angles = torch.outer(torch.arange(50.0), 10.0 ** -torch.linspace(0, 3, rotary_size // 2))
+            cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).to(spec.device)
+            for rows in NUM_ROWS:
+                positions = torch.arange(rows, device=spec.device) * 7 % 50
+                for is_neox in (True, False):
+                    q, k, _ = draw(rows, 8 * head_size).split([4 * head_size, 2 * head_size, 2 * head_size], dim=1)
+                    expected = [reference_rotary(x, positions, cos_sin, head_size, is_neox) for x in (q, k)]
+                    out = ops.rotary(q, k, positions, cos_sin, head_size, is_neox)
+                    pairing = "(i, i + half)" if is_neox else "(2i, 2i + 1)"
+                    for which, got, wanted in zip(("q", "k"), out, expected, strict=True):
+                        what = f"rotary of {which}, pairs {pairing}, {rotary_size} of {head_size} elements, {rows} rows"
+                        _expect_result(got, wanted, spec, what)
+
+
+def check_silu_and_mul(plugin: Any, name: str) -> None:
+    """`silu(first half) * second half`."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for size in SIZES:
+            for rows in NUM_ROWS:
+                x = draw(rows, 2 * size)
+                gate, up = x.float().split(size, dim=1)
+                _expect_result(ops.silu_and_mul(x), gate / (1 + (-gate).exp()) * up, spec, f"silu_and_mul [{rows}, 2 * {size}]")
+
+
+CHECKS = (
+    check_supports_gives_reasons,
+    check_linear,
+    check_rms_norm,
+    check_fused_add_rms_norm,
+    check_layer_norm,
+    check_rotary,
+    check_silu_and_mul,
+)

@@ -1,0 +1,127 @@
+"""The engine's core: schedule → execute → apply. One owner drives it; it starts no thread and opens no socket.
+
+It knows requests as token ids and steps as values; text, processes and clients are others' business.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cacheflow.config import EngineConfig
+from cacheflow.errors import EngineDeadError, InvalidRequestError
+from cacheflow.interfaces import Executor, StepOutput
+from cacheflow.kvcache.manager import KVManager
+from cacheflow.plugins import load_plugin, select_plugin
+from cacheflow.scheduling.scheduler import Scheduler
+from cacheflow.scheduling.sequence import Request
+from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Takes requests, makes steps, tells what they gave.
+
+    Args:
+        config: The options.
+        executor: Where steps run; None: the one that `config` names. It is started here and closed by `close`.
+
+    Attributes:
+        info: What clients need to know of the model.
+        scheduler: Owner of all requests and block tables.
+
+    Raises:
+        CacheflowError: The model can't be loaded or the KV cache finds no room.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        if executor is None:
+            _, executor_class = select_plugin("cacheflow.executors", config.executor, config)
+            executor = executor_class()
+        policy: Any = load_plugin("cacheflow.schedulers", config.scheduling_policy)
+        self._executor: Executor = executor
+        capacity = executor.start(config)
+        self.info: ModelInfo = capacity.info
+        self.scheduler = Scheduler(
+            policy(),
+            KVManager(capacity.num_blocks, config.block_size),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=capacity.info.max_model_len,
+            eos_token_ids=capacity.info.tokenizer.eos_token_ids,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._suspects: list[list[Request]] = []
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_unfinished
+
+    def add(self, request: EngineRequest) -> None:
+        """Accepts a request.
+
+        Raises:
+            InvalidRequestError: It can never be served; the message has the numbers.
+        """
+        self._check_token_ids(request)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, client_id: str = "", index: int | None = None) -> None:
+        """Ends a request, or its sequence `index`; its blocks are free before the next step. No update follows."""
+        self.scheduler.abort(request_id, client_id, index)
+
+    def step(self) -> list[RequestUpdate]:
+        """Runs one step. An exception that one request causes fails that request alone, found by halving.
+
+        Raises:
+            EngineDeadError: A worker is gone.
+        """
+        step = self.scheduler.schedule(only=self._suspects[-1] if self._suspects else None)
+        if step is None:
+            # All the suspects have ended, or there is nothing to do.
+            del self._suspects[-1:]
+            return []
+        try:
+            output: StepOutput = self._executor.submit(step).result()
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            return self._step_failed(error)
+        del self._suspects[-1:]
+        return self.scheduler.apply(step, output)
+
+    def stats(self) -> EngineStats:
+        """A reading between two steps."""
+        return self.scheduler.stats()
+
+    def close(self) -> None:
+        """Frees the model and the KV cache. May be called twice."""
+        self._executor.close()
+
+    def _step_failed(self, error: Exception) -> list[RequestUpdate]:
+        """Nothing of the step counts. Its requests run again in halves, until the culprit is alone, and fails."""
+        requests = self.scheduler.rollback()
+        del self._suspects[-1:]
+        if len(requests) > 1:
+            middle = len(requests) // 2
+            self._suspects += [requests[middle:], requests[:middle]]
+            return []
+        logger.error("The request %s made its step fail.", requests[0].source.request_id, exc_info=error)
+        message = str(error) if isinstance(error, InvalidRequestError) else f"{type(error).__name__}: {error}"
+        return [self.scheduler.fail(requests[0], message, is_invalid=isinstance(error, InvalidRequestError))]
+
+    def _check_token_ids(self, request: EngineRequest) -> None:
+        params, vocab_size = request.params, self.info.vocab_size
+        for name, token_ids in (
+            ("prompt", request.prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+        ):
+            if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
+                bad = next(t for t in token_ids if not 0 <= t < vocab_size)
+                raise InvalidRequestError(
+                    f"{name} has the token id {bad}; the model's ids go from 0 to {vocab_size - 1}.", param=name
+                )

@@ -1,0 +1,29 @@
+"""`cacheflow engine`: an engine without a frontend, for frontends in other processes (`--engine ADDRESS`)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from cacheflow.config import EngineConfig
+from cacheflow.entrypoints.options import build, options_from
+
+
+@click.command()
+@click.option(
+    "--listen",
+    "address",
+    required=True,
+    metavar="ADDRESS",
+    help="Where frontends reach it: a path, ipc:///path, or tcp://127.0.0.1:PORT.",
+)
+@options_from(EngineConfig)
+def engine(address: str, **options: Any) -> None:
+    """Run the engine alone, until SIGTERM or Ctrl-C; the model stays loaded while frontends come and go."""
+    config = build(EngineConfig, options)
+    from cacheflow.service.host import serve
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    serve(config, address)

@@ -1,0 +1,1 @@
+"""The launcher module of the OpenAI-compatible frontend."""

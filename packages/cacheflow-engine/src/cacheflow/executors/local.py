@@ -1,0 +1,85 @@
+"""The executor that runs steps in the calling thread, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cacheflow.errors import EngineDeadError
+
+if TYPE_CHECKING:
+    from cacheflow.config import EngineConfig
+    from cacheflow.interfaces import Capacity, Step, StepOutput
+    from cacheflow.worker.runner import Runner
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that has ended: with a result or with an exception."""
+
+    value: StepOutput | None = None
+    error: Exception | None = None
+
+    def result(self) -> StepOutput:
+        """Gives the one or raises the other."""
+        if self.error is not None:
+            raise self.error
+        assert self.value is not None
+        return self.value
+
+
+class LocalExecutor:
+    """One process, one device, one step at a time."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+    priority: ClassVar[int] = 0
+
+    @classmethod
+    def supports(cls, config: EngineConfig) -> tuple[str, ...]:
+        """Everything on one device."""
+        reasons = []
+        for flag, size in (
+            ("--tensor-parallel-size", config.tensor_parallel_size),
+            ("--pipeline-parallel-size", config.pipeline_parallel_size),
+        ):
+            if size != 1:
+                reasons.append(f"{flag} is {size}, it drives one device")
+        if config.swap_space and _runs_on_cuda(config):
+            reasons.append(f"--swap-space is {config.swap_space:g} GiB, it has no host tier beside a GPU")
+        return tuple(reasons)
+
+    def __init__(self) -> None:
+        self._runner: Runner | None = None
+
+    def start(self, config: EngineConfig) -> Capacity:
+        """Loads the model here."""
+        from cacheflow.worker.runner import Runner
+
+        self._runner = Runner(config)
+        return self._runner.capacity
+
+    def submit(self, step: Step) -> Done:
+        """Runs the step at once."""
+        if self._runner is None:
+            raise EngineDeadError("The executor is closed or was never started.")
+        try:
+            return Done(value=self._runner.execute(step))
+        except Exception as error:
+            return Done(error=error)
+
+    def check(self) -> None:
+        """Nothing can be gone but itself."""
+        if self._runner is None:
+            raise EngineDeadError("The executor is closed or was never started.")
+
+    def close(self) -> None:
+        """Lets go of weights and cache."""
+        self._runner = None
+
+
+def _runs_on_cuda(config: EngineConfig) -> bool:
+    if config.device == "auto":
+        import torch
+
+        return torch.cuda.is_available()
+    return config.device == "cuda"

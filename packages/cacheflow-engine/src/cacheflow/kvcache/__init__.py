@@ -1,0 +1,1 @@
+"""Who holds which KV block: plain integers, no tensors."""

@@ -1,0 +1,275 @@
+"""`LLM`: generation in the caller's own process and thread, for scripts, notebooks and batch jobs.
+
+It owns an `EngineCore` and drives it: nothing happens between calls. It opens no socket and starts no process.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from cacheflow.config import EngineConfig
+from cacheflow.core import EngineCore
+from cacheflow.errors import CacheflowError, InvalidRequestError, RequestFailedError
+from cacheflow.text.assembler import RequestAssembler
+from cacheflow.text.requests import make_request
+from cacheflow.text.tokenizer import Tokenizer
+from cacheflow.types import (
+    FINISH_ERROR,
+    CompletionOutput,
+    EngineRequest,
+    EngineStats,
+    ModelInfo,
+    RequestOutput,
+    SamplingParams,
+)
+
+Prompt = str | list[int]
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `LLM.generate`. The unfinished requests were aborted and the `LLM` can be used again.
+
+    Attributes:
+        outputs: One per prompt; None for those that had not finished.
+    """
+
+    def __init__(self, outputs: list[RequestOutput | None]) -> None:
+        super().__init__("interrupted")
+        self.outputs = outputs
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Example:
+        llm = LLM(model="demo")
+        for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0.8, top_p=0.95)):
+            print(output.prompt, output.outputs[0].text)
+
+    Args:
+        model: A hub name, a folder, a GGUF file, or "demo".
+        tensor_parallel_size: Devices that share each layer.
+        dtype: Of weights and arithmetic; see `EngineConfig.dtype`.
+        seed: Where the seeds of requests that set none come from.
+        **options: Any other field of `EngineConfig`.
+
+    Attributes:
+        tokenizer: The model's.
+
+    Raises:
+        CacheflowError: The model can't be found or loaded, an option doesn't hold, or memory doesn't suffice.
+    """
+
+    def __init__(
+        self, model: str, tensor_parallel_size: int = 1, dtype: str = "auto", seed: int = 0, **options: Any
+    ) -> None:
+        config = EngineConfig.from_mapping(
+            {"model": model, "tensor_parallel_size": tensor_parallel_size, "dtype": dtype, "seed": seed, **options}
+        )
+        self._core = EngineCore(config)
+        self.tokenizer = Tokenizer(self._core.info.tokenizer, self._core.info.vocab_size)
+        self._seeds = random.Random(seed)
+        self._num_requests = 0
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model's numbers and tokenizer."""
+        return self._core.info
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompt_token_ids: Sequence[list[int]] | None = None,
+        use_tqdm: bool = True,
+        *,
+        raise_errors: bool = False,
+    ) -> list[RequestOutput]:
+        """Generates for all prompts, batched, and returns the outputs in the order of the prompts.
+
+        Args:
+            prompts: A text or several. May be left out when `prompt_token_ids` is given.
+            sampling_params: One for all prompts, or one per prompt. None: the defaults.
+            prompt_token_ids: The prompts' tokens, taken as they are.
+            use_tqdm: Show a progress bar with tokens per second.
+            raise_errors: Raise for the first prompt that can't be served. Otherwise its output carries the error, and the
+                others are served.
+
+        Raises:
+            InvalidRequestError: Prompts and parameters don't match in number; or, with `raise_errors`, a bad prompt.
+            RequestFailedError: With `raise_errors`: a request failed inside the engine.
+            GenerationInterrupted: Ctrl-C; it carries the outputs that had finished.
+        """
+        texts, token_ids = _as_lists(prompts, prompt_token_ids)
+        outputs: list[RequestOutput | None] = [None] * len(texts or token_ids or ())
+        progress = _Progress(len(outputs), enabled=use_tqdm)
+        try:
+            for position, output in self._run(texts, token_ids, sampling_params, raise_errors=raise_errors):
+                outputs[position] = output
+                progress.add(output)
+        except KeyboardInterrupt:
+            raise GenerationInterrupted(outputs) from None
+        finally:
+            progress.close()
+        finished = [output for output in outputs if output is not None]
+        assert len(finished) == len(outputs)
+        return finished
+
+    def generate_iter(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Like `generate`, giving each finished output with its prompt's position as soon as it is there.
+
+        A prompt is a text or a list of token ids. Leaving the iterator early aborts the rest.
+        """
+        texts = [p if isinstance(p, str) else None for p in prompts]
+        token_ids = [None if isinstance(p, str) else p for p in prompts]
+        return self._run(texts, token_ids, sampling_params, raise_errors=False)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generates for one prompt; each output has everything so far, the last one is `finished`.
+
+        Leaving the iterator early aborts the request.
+
+        Raises:
+            InvalidRequestError: The prompt or the parameters can't be served.
+            RequestFailedError: The request failed inside the engine.
+        """
+        text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        request = self._make_request(text, token_ids, sampling_params)
+        self._core.add(request)
+        assembler = RequestAssembler(self.tokenizer, request, text)
+        try:
+            while not assembler.finished:
+                for update in self._core.step():
+                    output = assembler.apply(update)
+                    self._stop_sequences(request, assembler)
+                    _raise_failure(output, is_invalid=update.is_invalid)
+                    yield output
+        finally:
+            self._core.abort(request.request_id)
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far, and how full its KV cache is."""
+        return self._core.stats()
+
+    def close(self) -> None:
+        """Frees the model and the KV cache. May be called twice."""
+        self._core.close()
+
+    def _run(
+        self,
+        texts: Sequence[str | None] | None,
+        token_ids: Sequence[list[int] | None] | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        raise_errors: bool,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Adds all requests, then steps until the last has finished. Those left at an early end are aborted."""
+        num_prompts = len(texts if texts is not None else token_ids or ())
+        all_params = _one_each(params, num_prompts)
+        running: dict[str, tuple[int, EngineRequest, RequestAssembler]] = {}
+        try:
+            for position in range(num_prompts):
+                text = texts[position] if texts is not None else None
+                ids = token_ids[position] if token_ids is not None else None
+                try:
+                    request = self._make_request(text, ids, all_params[position])
+                    self._core.add(request)
+                except InvalidRequestError as error:
+                    if raise_errors:
+                        raise
+                    yield position, _refused(text, ids, error)
+                    continue
+                running[request.request_id] = (position, request, RequestAssembler(self.tokenizer, request, text))
+            while running:
+                for update in self._core.step():
+                    position, request, assembler = running[update.request_id]
+                    assembler.add(update)
+                    self._stop_sequences(request, assembler)
+                    if assembler.finished:
+                        del running[update.request_id]
+                        output = assembler.output()
+                        if raise_errors:
+                            _raise_failure(output, is_invalid=update.is_invalid)
+                        yield position, output
+        finally:
+            for request_id in running:
+                self._core.abort(request_id)
+
+    def _make_request(self, text: str | None, token_ids: list[int] | None, params: SamplingParams | None) -> EngineRequest:
+        self._num_requests += 1
+        info, name = self._core.info, str(self._num_requests)
+        return make_request(info, self.tokenizer, text, token_ids, params, name, seeds=self._seeds)
+
+    def _stop_sequences(self, request: EngineRequest, assembler: RequestAssembler) -> None:
+        for index in assembler.take_stopped():
+            self._core.abort(request.request_id, index=index)
+
+
+class _Progress:
+    """A progress bar over requests, with the rate of output tokens."""
+
+    def __init__(self, num_prompts: int, *, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=num_prompts, desc="Generating", unit="prompt", disable=not enabled, dynamic_ncols=True)
+        self._num_tokens = 0
+
+    def add(self, output: RequestOutput) -> None:
+        self._num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        if not self._bar.disable:
+            elapsed_s = max(self._bar.format_dict["elapsed"], 1e-6)
+            self._bar.set_postfix_str(f"{self._num_tokens / elapsed_s:.1f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _as_lists(
+    prompts: str | Sequence[str] | None, prompt_token_ids: Sequence[list[int]] | None
+) -> tuple[list[str] | None, list[list[int]] | None]:
+    if prompts is None and prompt_token_ids is None:
+        raise InvalidRequestError("Give prompts, prompt_token_ids, or both.", param="prompts")
+    texts = None if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+    token_ids = None if prompt_token_ids is None else list(prompt_token_ids)
+    if token_ids and isinstance(token_ids[0], int):
+        raise InvalidRequestError("prompt_token_ids must be a list of lists of token ids, one per prompt.", param="prompt_token_ids")
+    if texts is not None and token_ids is not None and len(texts) != len(token_ids):
+        raise InvalidRequestError(
+            f"{len(texts)} prompts and {len(token_ids)} lists of token ids: there must be as many.", param="prompt_token_ids"
+        )
+    return texts, token_ids
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts and {len(params)} sampling parameters: give one for all, or one per prompt.",
+            param="sampling_params",
+        )
+    return params
+
+
+def _refused(text: str | None, token_ids: list[int] | None, error: CacheflowError) -> RequestOutput:
+    empty = CompletionOutput(index=0, text="", token_ids=[], cumulative_logprob=0.0, finish_reason=FINISH_ERROR)
+    return RequestOutput(
+        request_id="", prompt=text, prompt_token_ids=token_ids or [], outputs=[empty], finished=True, error=str(error)
+    )
+
+
+def _raise_failure(output: RequestOutput, *, is_invalid: bool) -> None:
+    if output.error is not None:
+        raise InvalidRequestError(output.error) if is_invalid else RequestFailedError(output.error)

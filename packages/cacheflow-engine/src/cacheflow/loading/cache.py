@@ -1,0 +1,42 @@
+"""cacheflow's own cache folder: the demo model, and tokenizers that were converted once.
+
+What lies in it can be deleted at any time. Files appear whole or not at all, so processes can share it without locks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$CACHEFLOW_CACHE`, or the platform's place for caches. It may not exist yet."""
+    chosen = os.environ.get("CACHEFLOW_CACHE")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        parent = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        parent = Path.home() / "Library" / "Caches"
+    else:
+        parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(parent) / "cacheflow"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that other processes see all of it or nothing, and makes its folder.
+
+    Raises:
+        OSError: The folder can't be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,195 @@
+"""The engine's own logits processors: what sampling parameters ask for beyond temperature and the top-k family.
+
+Each changes the rows that it is given and knows neither the rest of the batch nor how a token is then chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from cacheflow.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from cacheflow.interfaces import ProcessorContext, ProcessorRow
+    from cacheflow.types import SamplingParams
+
+
+def _check_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    outside = [token for token in token_ids if token >= vocab_size]
+    if outside:
+        raise InvalidRequestError(f"{name} has token id {outside[0]}; the model has ids 0 to {vocab_size - 1}.", param=name)
+
+
+class Penalties:
+    """Presence and frequency penalties on the output, repetition penalty (arXiv:1909.05858) on prompt and output."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+    priority: ClassVar[int] = 300
+    argmax_invariant: ClassVar[bool] = False
+
+    def __init__(self, presence: float, frequency: float, repetition: float) -> None:
+        self._presence = presence
+        self._frequency = frequency
+        self._repetition = repetition
+        self._prompt_ids: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
+
+    @classmethod
+    def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
+        """None when every penalty is at its neutral value."""
+        penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+        return None if penalties == (0, 0, 1) else cls(*penalties)
+
+    @classmethod
+    def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
+        """Gathers what all rows have seen, and changes it in one go."""
+        if not rows:
+            return
+        seen_rows, seen_ids, factors, amounts = [], [], [], []
+        for row in rows:
+            own: Penalties = row.processor
+            ids, counts = np.unique(np.asarray(row.output_token_ids, dtype=np.int64), return_counts=True)
+            amount = own._presence + own._frequency * counts
+            if own._repetition != 1:
+                if own._prompt_ids is None:
+                    own._prompt_ids = np.unique(np.asarray(row.prompt_token_ids, dtype=np.int64))
+                prompt_only = np.setdiff1d(own._prompt_ids, ids, assume_unique=True)
+                ids, amount = np.concatenate((ids, prompt_only)), np.concatenate((amount, np.zeros(len(prompt_only))))
+            seen_rows.append(np.full(len(ids), row.row))
+            seen_ids.append(ids)
+            factors.append(np.full(len(ids), own._repetition, dtype=np.float32))
+            amounts.append(amount.astype(np.float32))
+        place = tuple(torch.from_numpy(np.concatenate(part)).to(logits.device) for part in (seen_rows, seen_ids))
+        factor, subtracted = (torch.from_numpy(np.concatenate(part)).to(logits.device) for part in (factors, amounts))
+        values = logits[place]
+        logits[place] = torch.where(values > 0, values / factor, values * factor) - subtracted
+
+
+class LogitBias:
+    """Adds fixed values to the logits of some tokens."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+    priority: ClassVar[int] = 200
+    argmax_invariant: ClassVar[bool] = False
+
+    def __init__(self, token_ids: Sequence[int], values: Sequence[float]) -> None:
+        self._token_ids = torch.tensor(token_ids)
+        self._values = torch.tensor(values, dtype=torch.float32)
+
+    @classmethod
+    def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
+        """None without `logit_bias`."""
+        if not params.logit_bias:
+            return None
+        _check_ids("logit_bias", list(params.logit_bias), context.vocab_size)
+        return cls(list(params.logit_bias), list(params.logit_bias.values()))
+
+    @classmethod
+    def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
+        """Adds each row's values."""
+        for row in rows:
+            own: LogitBias = row.processor
+            logits[row.row].index_add_(0, own._token_ids.to(logits.device), own._values.to(logits.device))
+
+
+class AllowedTokenIds:
+    """Leaves only the given tokens."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+    priority: ClassVar[int] = 100
+    argmax_invariant: ClassVar[bool] = False
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = torch.tensor(token_ids)
+
+    @classmethod
+    def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
+        """None without `allowed_token_ids`."""
+        if params.allowed_token_ids is None:
+            return None
+        _check_ids("allowed_token_ids", params.allowed_token_ids, context.vocab_size)
+        return cls(params.allowed_token_ids)
+
+    @classmethod
+    def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
+        """Sets all other logits to -inf."""
+        for row in rows:
+            own: AllowedTokenIds = row.processor
+            token_ids = own._token_ids.to(logits.device)
+            values = logits[row.row, token_ids]
+            logits[row.row].fill_(-math.inf)
+            logits[row.row, token_ids] = values
+
+
+class BadWords:
+    """Never lets the last token of a forbidden word follow the others, as it stands and with a space before it."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+    priority: ClassVar[int] = 90
+    argmax_invariant: ClassVar[bool] = False
+
+    def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
+        self._single = sorted({word[0] for word in words if len(word) == 1})
+        self._by_previous: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for word in words:
+            if len(word) > 1:
+                self._by_previous[word[-2]].append(word)
+
+    @classmethod
+    def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
+        """None without `bad_words`."""
+        if not params.bad_words:
+            return None
+        variants = {tuple(context.encode(text)) for word in params.bad_words for text in (word, " " + word.lstrip(" "))}
+        return cls(sorted(variants - {()}))
+
+    @classmethod
+    def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
+        """Only tokens of the output count as the beginning of a word."""
+        banned_rows: list[int] = []
+        banned_ids: list[int] = []
+        for row in rows:
+            own: BadWords = row.processor
+            output = row.output_token_ids
+            begun = own._by_previous.get(output[-1], ()) if output else ()
+            banned = own._single + [word[-1] for word in begun if tuple(output[1 - len(word) :]) == word[:-1]]
+            banned_rows += [row.row] * len(banned)
+            banned_ids += banned
+        if banned_rows:
+            logits[banned_rows, banned_ids] = -math.inf
+
+
+class MinTokens:
+    """Hides what would end the sequence until it has `min_tokens` tokens."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+    priority: ClassVar[int] = 80
+    argmax_invariant: ClassVar[bool] = False
+
+    def __init__(self, min_tokens: int, token_ids: Sequence[int]) -> None:
+        self._min_tokens = min_tokens
+        self._token_ids = list(token_ids)
+
+    @classmethod
+    def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
+        """None when no token ends the sequence, or none is asked for before the end."""
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(context.eos_token_ids))
+        ends = {token for token in ends if token < context.vocab_size}
+        if not params.min_tokens or not ends:
+            return None
+        return cls(params.min_tokens, sorted(ends))
+
+    @classmethod
+    def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
+        """Sets the ends' logits to -inf."""
+        for row in rows:
+            own: MinTokens = row.processor
+            if len(row.output_token_ids) < own._min_tokens:
+                logits[row.row, own._token_ids] = -math.inf

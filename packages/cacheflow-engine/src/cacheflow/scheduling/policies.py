@@ -1,0 +1,78 @@
+"""The built-in scheduling policies: who is served first, who loses its blocks, how much of a prompt at a time."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from cacheflow.interfaces import RequestView
+
+
+class FCFS:
+    """First come, first served; the latest arrival is preempted first. Nobody starves."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+
+    def key(self, view: RequestView) -> tuple[float, int]:
+        """By arrival."""
+        return (view.arrival_s, view.arrival_index)
+
+    def victim_key(self, view: RequestView) -> tuple[float, int]:
+        """The latest."""
+        return (view.arrival_s, view.arrival_index)
+
+    def chunk(self, view: RequestView, budget: int) -> int:
+        """All that the budget leaves."""
+        return budget
+
+
+class Priority:
+    """Smaller `priority` first, then by arrival. A steady stream of urgent requests can starve the others: that is its meaning."""
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+
+    def key(self, view: RequestView) -> tuple[int, float, int]:
+        """By priority, then arrival."""
+        return (view.priority, view.arrival_s, view.arrival_index)
+
+    def victim_key(self, view: RequestView) -> tuple[int, float, int]:
+        """The least urgent, of those the latest."""
+        return (view.priority, view.arrival_s, view.arrival_index)
+
+    def chunk(self, view: RequestView, budget: int) -> int:
+        """All that the budget leaves."""
+        return budget
+
+
+class Fair:
+    """Clients take turns: a client's k-th unserved request comes after every other client's (k-1)-th.
+
+    Each request gets the number of a round on arrival: one more than its client's last one, and no less than the round now being
+    served, so that a client that was away gains no credit (start-time fair queueing, Goyal et al., SIGCOMM '96, with one request as the unit).
+    """
+
+    CONTRACT_VERSION: ClassVar[int] = 1
+
+    def __init__(self) -> None:
+        self._round = 0
+        self._last_round: dict[str, int] = {}
+        self._round_of: dict[int, int] = {}
+
+    def key(self, view: RequestView) -> tuple[int, float, int]:
+        """By round, then arrival."""
+        turn = max(self._round, self._last_round.get(view.client_id, -1) + 1)
+        self._last_round[view.client_id] = turn
+        self._round_of[view.arrival_index] = turn
+        return (turn, view.arrival_s, view.arrival_index)
+
+    def victim_key(self, view: RequestView) -> tuple[float, int]:
+        """The latest."""
+        return (view.arrival_s, view.arrival_index)
+
+    def chunk(self, view: RequestView, budget: int) -> int:
+        """All that the budget leaves. A request's first chunk tells which round is being served."""
+        turn = self._round_of.pop(view.arrival_index, self._round)
+        if turn > self._round:
+            self._round = turn
+            self._last_round = {client: last for client, last in self._last_round.items() if last >= turn}
+            self._round_of = {index: r for index, r in self._round_of.items() if r >= turn}
+        return budget

@@ -1,0 +1,513 @@
+"""Decides each step, and applies what it gave: continuous batching over a paged KV cache.
+
+Iteration-level scheduling (Orca, OSDI '22) under a token budget, with prompt chunks beside decodes (Sarathi-Serve,
+arXiv:2403.02310). It owns all requests, their sequences and, through the `KVManager`, their block tables. It knows token ids
+only: no text, no tensors.
+
+A step is `{sequence: num_tokens}`. A decode is a sequence with one uncomputed token; a prompt, or a sequence that lost its
+blocks, is one with more. Nothing else tells them apart.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Collection, Iterator
+
+from cacheflow.errors import InvalidRequestError
+from cacheflow.interfaces import Sample, SampleSpec, ScheduledSequence, SchedulingPolicy, Step, StepOutput
+from cacheflow.kvcache.manager import KVManager
+from cacheflow.scheduling.beam_search import BeamSearch
+from cacheflow.scheduling.sequence import Request, Sequence
+from cacheflow.types import (
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    EngineRequest,
+    EngineStats,
+    Logprobs,
+    RequestUpdate,
+    SequenceUpdate,
+)
+
+WATERMARK = 0.01
+"""Share of all blocks that admission leaves free, so that running sequences can grow before the first preemption."""
+
+
+class Scheduler:
+    """All requests between arrival and end.
+
+    Args:
+        policy: Chooses the order.
+        kv: The block tables.
+        max_num_batched_tokens: Token budget of a step.
+        max_num_seqs: Most sequences that hold blocks at a time; at most the budget, so that every decode fits into a step.
+        max_model_len: Most tokens of a sequence.
+        eos_token_ids: Those that end a sequence unless its request ignores them.
+        enable_prefix_caching: Whether requests find each other's blocks.
+    """
+
+    def __init__(
+        self,
+        policy: SchedulingPolicy,
+        kv: KVManager,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        assert max_num_seqs <= max_num_batched_tokens
+        self.kv = kv
+        self._policy = policy
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._enable_prefix_caching = enable_prefix_caching
+        self._requests: dict[tuple[str, str], Request] = {}
+        self._running: list[Request] = []
+        self._waiting: list[Request] = []
+        self._scheduled: dict[int, tuple[Request, Sequence]] = {}
+        self._finished_indices: list[int] = []
+        self._num_arrivals = 0
+        self._num_sequences = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_steps = 0
+
+    # Requests come and go.
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request is left."""
+        return bool(self._requests)
+
+    def add(self, source: EngineRequest) -> None:
+        """Accepts a request, or refuses at once what can never be served.
+
+        Raises:
+            InvalidRequestError: With the numbers and what to change.
+        """
+        params, num_prompt_tokens = source.params, len(source.prompt_token_ids)
+        if (source.client_id, source.request_id) in self._requests:
+            raise InvalidRequestError(f"The request id {source.request_id!r} is in use.", param="request_id")
+        if num_prompt_tokens == 0:
+            raise InvalidRequestError("The prompt is empty: at least one token is needed.", param="prompt")
+        if num_prompt_tokens >= self._max_model_len:
+            raise InvalidRequestError(
+                f"The prompt has {num_prompt_tokens} tokens; with at least one to generate, at most {self._max_model_len - 1} fit "
+                f"the context of {self._max_model_len} tokens (--max-model-len).",
+                param="prompt",
+            )
+        if params.num_sequences > self._max_num_seqs:
+            raise InvalidRequestError(
+                f"n or best_of asks for {params.num_sequences} sequences at a time; this engine runs at most "
+                f"{self._max_num_seqs} (--max-num-seqs).",
+                param="best_of",
+            )
+        room = self._max_model_len - num_prompt_tokens
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        num_blocks = self._most_blocks(num_prompt_tokens, max_tokens, params.num_sequences)
+        if num_blocks > self.kv.pool.num_blocks:
+            raise InvalidRequestError(
+                f"The request may need {num_blocks} KV blocks of {self.kv.block_size} tokens ({num_prompt_tokens} prompt tokens and "
+                f"{params.num_sequences} × {max_tokens} generated ones), and the KV cache has {self.kv.pool.num_blocks}. "
+                "Lower max_tokens or n, or give the engine more memory (--kv-cache-memory).",
+                param="max_tokens",
+            )
+        stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        first = Sequence(id=self._num_sequences, index=0, token_ids=list(source.prompt_token_ids))
+        request = Request(
+            source=source,
+            arrival_index=self._num_arrivals,
+            max_tokens=max_tokens,
+            stop_token_ids=stop_token_ids,
+            sequences=[first],
+        )
+        if params.use_beam_search:
+            request.beam = BeamSearch(
+                width=params.num_sequences,
+                length_penalty=params.length_penalty,
+                early_stopping=params.early_stopping,
+                max_tokens=max_tokens,
+                stop_token_ids=stop_token_ids,
+            )
+        self._num_arrivals += 1
+        self._num_sequences += params.num_sequences
+        self._num_prompt_tokens += num_prompt_tokens
+        request.key = self._policy.key(request.view)
+        self._requests[source.client_id, source.request_id] = request
+        heapq.heappush(self._waiting, request)
+
+    def abort(self, request_id: str, client_id: str = "", index: int | None = None) -> None:
+        """Ends a request, or one sequence of it, without a further update. An unknown one has ended already: nothing happens."""
+        request = self._requests.get((client_id, request_id))
+        if request is None:
+            return
+        if index is not None and request.beam is None and request.has_forked:
+            for sequence in [s for s in request.sequences if s.index == index]:
+                self._end_sequence(request, sequence)
+            if request.sequences:
+                return
+        self._end_request(request)
+
+    def fail(self, request: Request, error: str, *, is_invalid: bool) -> RequestUpdate:
+        """Ends a request with an error."""
+        if self._is_alive(request):
+            self._end_request(request)
+        return RequestUpdate(
+            request_id=request.source.request_id,
+            client_id=request.source.client_id,
+            sequences=[
+                SequenceUpdate(index=s.index, new_token_ids=[], cumulative_logprob=s.cumulative_logprob, finish_reason=FINISH_ERROR)
+                for s in request.sequences
+            ],
+            finished=True,
+            error=error,
+            is_invalid=is_invalid,
+        )
+
+    def stats(self) -> EngineStats:
+        """A reading between two steps."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._requests) - len(self._running),
+            num_blocks=self.kv.pool.num_blocks,
+            num_free_blocks=self.kv.pool.num_free,
+            num_cached_blocks=self.kv.pool.num_idle,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_steps=self._num_steps,
+        )
+
+    # A step is made.
+
+    def schedule(self, only: Collection[Request] | None = None) -> Step | None:
+        """The next step, or None when there is nothing to do. It must be ended by `apply` or `rollback`.
+
+        Args:
+            only: Just these requests, while one that makes steps fail is being looked for.
+        """
+        assert not self._scheduled
+        if only is not None:
+            for request in [r for r in self._running if r not in only]:
+                self._preempt(request)
+        budget = self._max_num_batched_tokens
+        plan: list[ScheduledSequence] = []
+        num_preemptions = self._num_preemptions
+        # Decodes first: a prompt chunk never holds up a stream. Then prompts that have begun, then those that wait.
+        for is_decoding in (True, False):
+            for request in list(self._running):
+                if request.is_running and self._is_decoding(request) is is_decoding:
+                    budget -= self._schedule_request(request, budget, plan)
+        if self._num_preemptions == num_preemptions:
+            for request in self._admit(budget, only):
+                budget -= self._schedule_request(request, budget, plan)
+                if budget == 0 or self._num_preemptions != num_preemptions:
+                    break
+        if not plan:
+            return None
+        finished, self._finished_indices = tuple(self._finished_indices), []
+        return Step(sequences=tuple(plan), copies=self.kv.take_copies(), finished_requests=finished)
+
+    def _schedule_request(self, request: Request, budget: int, plan: list[ScheduledSequence]) -> int:
+        """Gives a running request its tokens of this step; returns how many. It may be preempted instead."""
+        if budget == 0:
+            return 0
+        is_decoding = self._is_decoding(request)
+        if not is_decoding:
+            budget = min(budget, max(1, self._policy.chunk(request.view, budget)))
+        # Beams go in step: none computes its last token before all can.
+        num_beams = len(request.sequences) if request.beam else 0
+        hold_back = num_beams > 1 and (not is_decoding or num_beams > budget)
+        num_scheduled = 0
+        chosen: list[tuple[Sequence, int]] = []
+        for sequence in request.sequences:
+            if sequence.id not in self.kv.tables:
+                self._open_table(request, sequence)
+            num_tokens = min(sequence.num_remaining_tokens - hold_back, budget - num_scheduled)
+            if num_tokens <= 0:
+                continue
+            while not self.kv.reserve(sequence.id, sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens):
+                if not self._preempt_for(request):
+                    return 0
+            chosen.append((sequence, num_tokens))
+            num_scheduled += num_tokens
+            if sequence.num_remaining_tokens > 1:
+                break  # it is being computed again: the next ones will find its blocks when they open their tables
+        for sequence, num_tokens in chosen:
+            end = sequence.num_computed_tokens + num_tokens
+            self.kv.publish(sequence.id, sequence.token_ids, end)
+            self._scheduled[sequence.id] = (request, sequence)
+            plan.append(self._scheduled_sequence(request, sequence, end))
+        return num_scheduled
+
+    def _scheduled_sequence(self, request: Request, sequence: Sequence, end: int) -> ScheduledSequence:
+        start, source = sequence.num_computed_tokens, request.source
+        scored: list[int] = []
+        if request.wants_prompt_scores:
+            scored = source.prompt_token_ids[start + 1 : end + 1]
+        return ScheduledSequence(
+            sequence_id=sequence.id,
+            token_ids=sequence.token_ids[start:end],
+            num_computed_tokens=start,
+            block_table=tuple(self.kv.tables[sequence.id].blocks),
+            samples=self._sample_specs(request, sequence) if end == len(sequence.token_ids) else (),
+            num_prompt_logprobs=source.params.prompt_logprobs if scored else None,
+            scored_token_ids=scored,
+        )
+
+    def _sample_specs(self, request: Request, sequence: Sequence) -> tuple[SampleSpec, ...]:
+        # Behind the prompt, all sequences of a request choose their first token from one row of logits.
+        is_fork = request.beam is None and not request.has_forked
+        params = request.source.params
+        return tuple(
+            SampleSpec(
+                sequence_id=sequence.id + offset,
+                request_index=request.arrival_index,
+                index=sequence.index + offset,
+                params=params,
+                prompt_token_ids=request.source.prompt_token_ids,
+                output_token_ids=sequence.output_token_ids,
+                num_candidates=request.beam.num_candidates if request.beam else 0,
+            )
+            for offset in range(params.num_sequences if is_fork else 1)
+        )
+
+    def _is_decoding(self, request: Request) -> bool:
+        return request.has_forked and all(s.num_remaining_tokens == 1 for s in request.sequences)
+
+    def _admit(self, budget: int, only: Collection[Request] | None) -> Iterator[Request]:
+        """Gives waiting requests blocks for all their known tokens, in the policy's order, until one does not fit."""
+        if only is not None:
+            for request in sorted(r for r in only if self._is_alive(r) and not r.is_running):
+                if not self._open(request):
+                    return
+                self._waiting.remove(request)
+                heapq.heapify(self._waiting)
+                yield request
+            return
+        while self._waiting and budget > 0:
+            request = self._waiting[0]
+            if self._is_alive(request) and not self._open(request):
+                return
+            heapq.heappop(self._waiting)
+            if request.is_running:
+                yield request
+
+    def _open(self, request: Request) -> bool:
+        """Tries to make a request running: seats for its sequences, blocks for all the tokens that the first one has."""
+        num_seats = sum(r.source.params.num_sequences for r in self._running) + request.source.params.num_sequences
+        if num_seats > self._max_num_seqs:
+            return False
+        watermark = int(WATERMARK * self.kv.pool.num_blocks) if self._running else 0
+        first = request.sequences[0]
+        self._open_table(request, first)
+        num_new_blocks = self.kv.num_new_blocks(first.id, first.num_computed_tokens, len(first.token_ids))
+        if num_new_blocks + watermark > self.kv.pool.num_available:
+            self._close_table(first)
+            return False
+        self.kv.reserve(first.id, first.num_computed_tokens, len(first.token_ids))
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = request.sequences[0].num_computed_tokens
+            self._num_cached_tokens += request.num_cached_tokens
+        request.is_running = True
+        insort(self._running, request)
+        return True
+
+    def _preempt_for(self, request: Request) -> bool:
+        """Takes the blocks of the request that the policy misses least, of those not in this step; False if that is `request`."""
+        scheduled = {id(owner) for owner, _ in self._scheduled.values()}
+        candidates = [r for r in self._running if id(r) not in scheduled]
+        victim = max(candidates, key=lambda r: (self._policy.victim_key(r.view), r.arrival_index))
+        self._preempt(victim)
+        return victim is not request
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting; what it has generated stays, and is computed again later."""
+        self._release(request)
+        self._num_preemptions += 1
+        heapq.heappush(self._waiting, request)
+
+    # A step ends.
+
+    def apply(self, step: Step, output: StepOutput) -> list[RequestUpdate]:
+        """The step succeeded: its tokens count. Returns what clients are to be told."""
+        self.kv.commit()
+        self._num_steps += 1
+        updates: dict[int, RequestUpdate] = {}
+        beams: dict[int, tuple[Request, list[Sample]]] = {}
+        for entry, samples, scores in zip(step.sequences, output.samples, output.prompt_logprobs, strict=True):
+            request, sequence = self._scheduled.pop(entry.sequence_id)
+            sequence.num_computed_tokens += len(entry.token_ids)
+            if request.wants_prompt_scores:
+                self._add_prompt_logprobs(request, entry, scores or [], updates)
+            if not samples:
+                continue
+            if request.beam:
+                beams.setdefault(request.arrival_index, (request, []))[1].append(samples[0])
+                continue
+            if not request.has_forked:
+                self._fork(request, sequence)
+                for fork, sample in zip(list(request.sequences), samples, strict=True):
+                    self._append(request, fork, sample, updates)
+            else:
+                self._append(request, sequence, samples[0], updates)
+        for request, candidates in beams.values():
+            self._advance_beams(request, candidates, updates)
+        return list(updates.values())
+
+    def rollback(self) -> list[Request]:
+        """The step failed: nothing of it counts, and its requests wait again. Returns them, in order."""
+        requests = {request.arrival_index: request for request, _ in self._scheduled.values()}
+        self._scheduled.clear()
+        for request in requests.values():
+            self._preempt(request)
+        self.kv.rollback()
+        return list(requests.values())
+
+    def _append(self, request: Request, sequence: Sequence, sample: Sample, updates: dict[int, RequestUpdate]) -> None:
+        token_id = sample.token_ids[0]
+        sequence.append(token_id, sample.logprobs[0])
+        request.num_output_tokens += 1
+        self._num_generated_tokens += 1
+        finish_reason: str | None = None
+        stop_reason: int | None = None
+        num_tokens = len(sequence.output_token_ids)
+        if token_id in request.stop_token_ids and num_tokens > request.source.params.min_tokens:
+            finish_reason, stop_reason = FINISH_STOP, token_id
+        elif num_tokens >= request.max_tokens:
+            finish_reason = FINISH_LENGTH
+        self._update(request, updates).sequences.append(
+            SequenceUpdate(
+                index=sequence.index,
+                new_token_ids=[token_id],
+                new_logprobs=sample.top_logprobs,
+                cumulative_logprob=sequence.cumulative_logprob,
+                finish_reason=finish_reason,
+                stop_reason=stop_reason,
+            )
+        )
+        if finish_reason:
+            self._end_sequence(request, sequence)
+            if not request.sequences:
+                self._finish(request, updates)
+
+    def _fork(self, request: Request, first: Sequence) -> None:
+        """The prompt is computed: one sequence becomes `params.num_sequences`, which share all its blocks."""
+        request.has_forked = True
+        for index in range(1, request.source.params.num_sequences):
+            fork = first.fork(first.id + index, index)
+            self.kv.fork(first.id, fork.id)
+            request.sequences.append(fork)
+
+    def _advance_beams(self, request: Request, samples: list[Sample], updates: dict[int, RequestUpdate]) -> None:
+        """Replaces the live beams by their best continuations: forks those, frees the others."""
+        assert request.beam is not None
+        request.has_forked = True
+        parents = request.sequences
+        continuations = request.beam.advance(parents, samples)
+        self._num_generated_tokens += len(continuations)
+        request.num_output_tokens += len(continuations)
+        children: list[Sequence] = []
+        for index, continuation in enumerate(continuations):
+            parent = parents[continuation.parent]
+            child = parent.fork(self._num_sequences, index)
+            self._num_sequences += 1
+            self.kv.fork(parent.id, child.id)
+            child.append(continuation.token_id, continuation.logprob)
+            child.score = continuation.score
+            if continuation.top_logprobs is not None:
+                child.logprobs.append(continuation.top_logprobs)
+            children.append(child)
+        for parent in parents:
+            self.kv.close(parent.id)
+        request.sequences = children
+        if request.beam.is_done:
+            update = self._update(request, updates)
+            for index, beam in enumerate(request.beam.finished):
+                update.sequences.append(
+                    SequenceUpdate(
+                        index=index,
+                        new_token_ids=beam.token_ids,
+                        new_logprobs=beam.logprobs or None,
+                        cumulative_logprob=beam.cumulative_logprob,
+                        finish_reason=FINISH_LENGTH if beam.stop_reason is None else FINISH_STOP,
+                        stop_reason=beam.stop_reason,
+                    )
+                )
+            self._finish(request, updates)
+
+    def _add_prompt_logprobs(
+        self, request: Request, entry: ScheduledSequence, scores: list[Logprobs], updates: dict[int, RequestUpdate]
+    ) -> None:
+        first: list[Logprobs | None] = [] if request.num_scored_tokens else [None]
+        request.num_scored_tokens += len(first)
+        # scores[i] belongs to position num_computed_tokens + 1 + i. After a preemption some come a second time.
+        fresh = scores[max(0, request.num_scored_tokens - entry.num_computed_tokens - 1) :]
+        request.num_scored_tokens += len(fresh)
+        update = self._update(request, updates)
+        update.new_prompt_logprobs = [*first, *fresh]
+
+    def _update(self, request: Request, updates: dict[int, RequestUpdate]) -> RequestUpdate:
+        update = updates.get(request.arrival_index)
+        if update is None:
+            update = updates[request.arrival_index] = RequestUpdate(
+                request_id=request.source.request_id,
+                client_id=request.source.client_id,
+                sequences=[],
+                finished=False,
+                num_cached_tokens=request.num_cached_tokens,
+            )
+        return update
+
+    def _finish(self, request: Request, updates: dict[int, RequestUpdate]) -> None:
+        self._update(request, updates).finished = True
+        self._end_request(request)
+
+    # What is given up.
+
+    def _end_sequence(self, request: Request, sequence: Sequence) -> None:
+        self._close_table(sequence)
+        request.sequences.remove(sequence)
+
+    def _end_request(self, request: Request) -> None:
+        self._release(request)
+        del self._requests[request.source.client_id, request.source.request_id]
+        self._finished_indices.append(request.arrival_index)
+
+    def _release(self, request: Request) -> None:
+        """A request stops running: its sequences lose their blocks."""
+        if request.is_running:
+            for sequence in request.sequences:
+                self._close_table(sequence)
+            request.is_running = False
+            self._running.remove(request)
+
+    def _open_table(self, request: Request, sequence: Sequence) -> None:
+        # Without prefix caching a request still shares with itself: its own salt.
+        salt = request.source.cache_salt if self._enable_prefix_caching else f"request {request.arrival_index}"
+        reuse = not request.wants_prompt_scores
+        sequence.num_computed_tokens = self.kv.open(sequence.id, sequence.token_ids, salt, reuse=reuse)
+
+    def _close_table(self, sequence: Sequence) -> None:
+        if sequence.id in self.kv.tables:
+            self.kv.close(sequence.id)
+        sequence.num_computed_tokens = 0
+
+    def _is_alive(self, request: Request) -> bool:
+        return self._requests.get((request.source.client_id, request.source.request_id)) is request
+
+    def _most_blocks(self, num_prompt_tokens: int, max_tokens: int, num_sequences: int) -> int:
+        """Blocks that a request may hold at the end: full prompt blocks are shared, the rest is each sequence's own.
+
+        The last token generated is never stored.
+        """
+        num_shared = num_prompt_tokens // self.kv.block_size
+        return num_shared + num_sequences * (self.kv.blocks_for(num_prompt_tokens + max_tokens - 1) - num_shared)

@@ -1,0 +1,313 @@
+"""The client side of the engine's socket: submits requests and hands each its own updates.
+
+It owns the connection and who waits for what. It knows token ids and messages, no text; it imports no torch. Whether the
+engine is a child of this process or a service elsewhere makes no difference here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from cacheflow.errors import CacheflowError, EngineDeadError, InvalidRequestError
+from cacheflow.service import wire
+from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate
+
+logger = logging.getLogger(__name__)
+
+HELLO_INTERVAL_S = 1.0
+"""How often an engine that has not answered yet is asked again."""
+LOADING_LOG_INTERVAL_S = 10.0
+"""How often waiting for a model that loads is worth a line in the log."""
+GOODBYE_LINGER_MS = 200
+"""How long closing waits for the last messages to be taken."""
+
+
+@dataclass
+class _Stream:
+    """What a request's caller waits for.
+
+    Attributes:
+        updates: What has arrived; an exception ends the stream.
+        is_left: The caller has gone; the engine has yet to say its last word on the request.
+        ended: Set with the last word, after which the request's id is free again.
+    """
+
+    updates: asyncio.Queue[RequestUpdate | CacheflowError] = field(default_factory=asyncio.Queue)
+    is_left: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class EngineClient:
+    """A connection to an engine process. Made by `connect`, within a running event loop, and to be closed.
+
+    Attributes:
+        address: Of the engine.
+        client_id: Its name towards the engine, drawn at random.
+        model_info: What the engine serves.
+    """
+
+    def __init__(self, address: str, client_id: str, connection: _Connection, model_info: ModelInfo) -> None:
+        self.address = address
+        self.client_id = client_id
+        self.model_info = model_info
+        self._connection = connection
+        self._streams: dict[str, _Stream] = {}
+        self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
+        self._death: EngineDeadError | None = None
+        self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch_connection(), self._keep_lease())]
+
+    @classmethod
+    async def connect(cls, address: str, timeout_s: float = 60.0) -> EngineClient:
+        """Connects and waits until the engine is ready.
+
+        Args:
+            address: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
+            timeout_s: How long to wait for an answer. An engine that answers that it is loading is waited for.
+
+        Raises:
+            ConfigError: The address is not one, or not on this machine.
+            EngineDeadError: Nobody answers, or the two sides speak different versions.
+            CacheflowError: The engine could not load its model; the error is of the same class as there.
+        """
+        client_id = secrets.token_hex(16)
+        connection = _Connection(wire.parse_address(address))
+        try:
+            model_info = await _shake_hands(connection, client_id, address, timeout_s)
+        except BaseException:
+            connection.close(linger_ms=0)
+            raise
+        return cls(address, client_id, connection, model_info)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine is there, as far as is known."""
+        return self._death is None
+
+    async def submit(self, request: EngineRequest) -> AsyncGenerator[RequestUpdate, None]:
+        """Sends a request and gives its updates, the last one `finished`. Leaving the iterator early aborts the request.
+
+        Raises:
+            InvalidRequestError: The request can't be served, can't be sent, or its id is in use.
+            EngineOverloadedError: The engine's waiting room is full.
+            EngineDeadError: The engine ended or can't be reached.
+        """
+        data = wire.pack_request(request)
+        stream = await self._open(request.request_id)
+        try:
+            self._connection.send(data)
+            while True:
+                update = await stream.updates.get()
+                if isinstance(update, CacheflowError):
+                    raise update
+                yield update
+                if update.finished:
+                    return
+        finally:
+            if not stream.ended.is_set():
+                stream.is_left = True
+                self.abort(request.request_id)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one sequence of it. Its stream gets a last update without sequences. An unknown id is ignored."""
+        if request_id in self._streams and self._death is None:
+            self._connection.send(wire.encode_client_message(wire.Abort(request_id, index)))
+
+    async def stats(self) -> EngineStats:
+        """A reading of the engine.
+
+        Raises:
+            EngineDeadError: The engine ended or can't be reached.
+        """
+        if self._death is not None:
+            raise EngineDeadError(str(self._death))
+        waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(waiter)
+        self._connection.send(wire.encode_client_message(wire.StatsRequest()))
+        return await waiter
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Declares the engine dead: everything that waits for it gets the error, now and from now on. The first call counts.
+
+        To lose nothing when an engine comes back, this is where unfinished requests would be kept and sent again.
+        """
+        if self._death is not None:
+            return
+        self._death = error
+        for request_id in list(self._streams):
+            self._end(request_id, EngineDeadError(str(error)))
+        while self._stats_waiters:
+            waiter = self._stats_waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(EngineDeadError(str(error)))
+
+    async def close(self) -> None:
+        """Says goodbye, which aborts what is unfinished, and closes the connection. May be called twice."""
+        was_alive = self.is_alive
+        if was_alive:
+            self._connection.send(wire.encode_client_message(wire.Goodbye()))
+        self.fail(EngineDeadError(f"The connection to the engine at {self.address} was closed."))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._connection.close(linger_ms=GOODBYE_LINGER_MS if was_alive else 0)
+
+    async def _open(self, request_id: str) -> _Stream:
+        while True:
+            if self._death is not None:
+                raise EngineDeadError(str(self._death))
+            known = self._streams.get(request_id)
+            if known is None:
+                break
+            if not known.is_left:
+                raise InvalidRequestError(f"The request id {request_id!r} is in use.", param="request_id")
+            await known.ended.wait()
+        stream = self._streams[request_id] = _Stream()
+        return stream
+
+    def _end(self, request_id: str, last: RequestUpdate | CacheflowError) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.updates.put_nowait(last)
+            stream.ended.set()
+
+    # Background tasks.
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                self._handle(wire.decode_engine_message(await self._connection.receive()))
+        except wire.MalformedMessageError as error:
+            self.fail(EngineDeadError(f"The engine at {self.address} sent what can't be read: {error}"))
+        except zmq.ZMQError as error:
+            self.fail(EngineDeadError(f"The connection to the engine at {self.address} failed: {error}"))
+
+    def _handle(self, message: wire.EngineMessage) -> None:
+        if isinstance(message, wire.Updates):
+            for update in message.updates:
+                if update.finished:
+                    self._end(update.request_id, update)
+                elif (stream := self._streams.get(update.request_id)) is not None:
+                    stream.updates.put_nowait(update)
+        elif isinstance(message, wire.Refused):
+            self._end(message.request_id, message.exception())
+        elif isinstance(message, wire.StatsReply):
+            waiter = self._stats_waiters.popleft() if self._stats_waiters else None
+            if waiter is not None and not waiter.done():
+                waiter.set_result(message.stats)
+        elif isinstance(message, wire.Unknown):
+            self.fail(
+                EngineDeadError(
+                    f"The engine at {self.address} does not know this client any more: it was restarted, or had no sign of "
+                    f"life from here for {wire.LEASE_S:.0f} s."
+                )
+            )
+        # What is left belongs to the handshake, such as the answer to a `Hello` that was sent twice.
+
+    async def _watch_connection(self) -> None:
+        await self._connection.lost()
+        # What arrived before the end is read first: it may hold the last updates of some requests.
+        for message in self._connection.receive_rest():
+            with contextlib.suppress(wire.MalformedMessageError):
+                self._handle(wire.decode_engine_message(message))
+        self.fail(EngineDeadError(f"The engine at {self.address} is gone: its end of the connection closed."))
+
+    async def _keep_lease(self) -> None:
+        while True:
+            await asyncio.sleep(wire.PING_INTERVAL_S)
+            self._connection.send(wire.encode_client_message(wire.Ping()))
+
+
+async def _shake_hands(connection: _Connection, client_id: str, address: str, timeout_s: float) -> ModelInfo:
+    loop = asyncio.get_running_loop()
+    hello = wire.encode_client_message(wire.Hello(wire.PROTOCOL_VERSION, client_id))
+    interval_s = min(HELLO_INTERVAL_S, timeout_s / 3)
+    answered_s = loop.time()
+    logged_s = 0.0
+    connection.send(hello)
+    while True:
+        try:
+            data = await asyncio.wait_for(connection.receive(), interval_s)
+            message = wire.decode_engine_message(data)
+        except asyncio.TimeoutError:
+            if loop.time() - answered_s >= timeout_s:
+                raise EngineDeadError(
+                    f"No answer from an engine at {address} within {timeout_s:g} s. "
+                    f"Is `cacheflow engine --listen {address}` running?"
+                ) from None
+            connection.send(hello)
+            continue
+        except wire.MalformedMessageError as error:
+            raise EngineDeadError(f"What answers at {address} is no engine of this version: {error}") from error
+        answered_s = loop.time()
+        if isinstance(message, wire.Welcome):
+            return message.info
+        if isinstance(message, wire.LoadFailed):
+            raise message.exception()
+        if isinstance(message, wire.Rejected):
+            raise EngineDeadError(f"The engine at {address} refuses this client: {message.error}")
+        if isinstance(message, wire.Unknown):  # It has loaded its model just now.
+            connection.send(hello)
+        elif isinstance(message, wire.Loading) and message.elapsed_s - logged_s >= LOADING_LOG_INTERVAL_S:
+            logged_s = message.elapsed_s
+            logger.info("The engine has been loading its model for %.0f s.", logged_s)
+
+
+class _Connection:
+    """A DEALER socket with a monitor. It speaks bytes."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ENGINE_MESSAGE_BYTES)
+        # ZeroMQ's own threads beat, so that neither a long step there nor a busy loop here looks like death.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(wire.PING_INTERVAL_S * 1000))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(wire.LEASE_S * 1000))
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.IPV6, "[" in endpoint)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
+        self._socket.connect(endpoint)
+
+    def send(self, data: bytes) -> None:
+        """Sends, or queues until it can be sent; messages keep their order."""
+        self._socket.send(data)
+
+    async def receive(self) -> bytes:
+        """The next message."""
+        return await self._socket.recv()
+
+    def receive_rest(self) -> Iterable[bytes]:
+        """What has arrived and not been received."""
+        shadow: zmq.Socket[Any] = zmq.Socket.shadow(self._socket)
+        with contextlib.suppress(zmq.Again):
+            while True:
+                yield shadow.recv(zmq.NOBLOCK)
+
+    async def lost(self) -> None:
+        """Returns when the other side has closed, or has not been heard of for `LEASE_S`."""
+        queue: zmq.Socket[Any] = zmq.Socket.shadow(self._monitor)
+        while True:
+            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
+            # A loss that a further event follows was made good before there was anything to lose: while shaking hands.
+            if event == zmq.EVENT_DISCONNECTED and not queue.poll(0):
+                return
+
+    def close(self, linger_ms: int) -> None:
+        """Closes, waiting up to `linger_ms` for messages to leave. May be called twice."""
+        if self._socket.closed:
+            return
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(linger_ms)
+        self._context.term()

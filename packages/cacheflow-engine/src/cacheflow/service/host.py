@@ -1,0 +1,510 @@
+"""The engine process: an `EngineCore` behind a ROUTER socket, for any number of clients.
+
+One thread owns the core. Between two steps it reads what the clients said; only when there is nothing to compute does it
+wait for them. While the model loads, a second thread has the socket and answers that it is loading. It knows token ids and
+messages; what started the process, and why, is the supervisor's or the command line's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import shutil
+import signal
+import socket as unix_socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from cacheflow.config import EngineConfig
+from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError, InvalidRequestError
+from cacheflow.service import wire
+from cacheflow.types import EngineStats, RequestUpdate
+
+if TYPE_CHECKING:
+    from cacheflow.core import EngineCore
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_REQUESTS = 4096
+"""Requests that may wait for their first turn; more are refused until there is room."""
+MAX_MESSAGES_PER_STEP = 1024
+"""So that a flood of messages can't keep the engine from its steps."""
+MAX_FAILED_STEPS = 3
+"""After this many steps in a row that failed through no request's fault, the process ends."""
+SEND_QUEUE_LENGTH = 4096
+"""Messages kept for a client that does not read them, about one a step; then the client is dropped."""
+LOG_STATS_INTERVAL_S = 5.0
+TELL_LOAD_ERROR_S = 5.0
+"""How long a supervised engine waits for its client to ask, so that it learns why loading failed."""
+END_AFTER_PARENT_S = 5.0
+"""How long a supervised engine takes to end in order once its parent is gone."""
+
+
+@dataclass
+class _Client:
+    """A client with a lease.
+
+    Attributes:
+        identity: Where ZeroMQ sends its messages.
+        client_id: Its own name for itself, which the core tells requests apart by.
+        last_heard_s: On the monotonic clock.
+        request_ids: Of its unfinished requests. Each gets exactly one last update.
+    """
+
+    identity: bytes
+    client_id: str
+    last_heard_s: float
+    request_ids: set[str] = field(default_factory=set)
+
+
+class Host:
+    """Serves a core to the clients of a socket. Not thread safe: the thread that calls `run` owns both.
+
+    Args:
+        core: What computes. The caller closes it.
+        socket: A bound ROUTER socket, made by `bind`.
+        log_stats: Write a line of statistics every 5 seconds while there is work.
+        log_requests: Write a line for every request.
+    """
+
+    def __init__(
+        self, core: EngineCore, socket: zmq.Socket[bytes], *, log_stats: bool = True, log_requests: bool = True
+    ) -> None:
+        self._core = core
+        self._socket = socket
+        self._log_requests = log_requests
+        self._clients: dict[bytes, _Client] = {}
+        self._by_client_id: dict[str, _Client] = {}
+        self._welcome = wire.encode_engine_message(wire.Welcome(wire.PROTOCOL_VERSION, core.info))
+        self._num_failed_steps = 0
+        self._stats_log = _StatsLog(core) if log_stats else None
+
+    def run(self) -> None:
+        """Serves until an exception ends it: `SystemExit` from a signal, or an error that the engine can't survive.
+
+        Raises:
+            EngineDeadError: A worker is gone, or steps fail whatever is in them.
+        """
+        while True:
+            self.serve_once()
+
+    def serve_once(self, timeout_s: float = 1.0) -> None:
+        """Reads what there is to read, then runs one step if there is work; without work it waits for a message."""
+        is_busy = self._core.has_unfinished
+        self._receive(0.0 if is_busy else timeout_s)
+        self._end_leases()
+        if self._core.has_unfinished:
+            self._send_updates(self._step())
+        if self._stats_log is not None:
+            self._stats_log.tick(is_busy)
+
+    def greet(self, identities: Iterable[bytes]) -> None:
+        """Tells clients that asked during loading to ask again now."""
+        for identity in identities:
+            self._send(identity, wire.encode_engine_message(wire.Unknown()))
+
+    # Steps.
+
+    def _step(self) -> list[RequestUpdate]:
+        try:
+            updates = self._core.step()
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            self._num_failed_steps += 1
+            logger.exception("A step failed outside of any request (%d in a row).", self._num_failed_steps)
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
+                raise EngineDeadError(f"{self._num_failed_steps} steps in a row failed; the last: {error}") from error
+            return self._fail_all(f"The engine failed: {type(error).__name__}: {error}")
+        self._num_failed_steps = 0
+        return updates
+
+    def _fail_all(self, error: str) -> list[RequestUpdate]:
+        updates = []
+        for client in self._clients.values():
+            for request_id in client.request_ids:
+                self._core.abort(request_id, client.client_id)
+                updates.append(_last_update(client, request_id, error))
+        return updates
+
+    def _send_updates(self, updates: list[RequestUpdate]) -> None:
+        by_client: dict[str, list[RequestUpdate]] = {}
+        for update in updates:
+            by_client.setdefault(update.client_id, []).append(update)
+        for client_id, its_updates in by_client.items():
+            client = self._by_client_id.get(client_id)
+            if client is None:
+                continue  # It left, and the core is yet to notice.
+            for update in its_updates:
+                if update.finished:
+                    client.request_ids.discard(update.request_id)
+            try:
+                data = wire.encode_engine_message(wire.Updates(its_updates))
+            except wire.MalformedMessageError as error:
+                logger.error("%s", error)
+                for update in its_updates:
+                    self._core.abort(update.request_id, client_id)
+                client.request_ids.difference_update(u.request_id for u in its_updates)
+                failed = [_last_update(client, u.request_id, str(error)) for u in its_updates]
+                data = wire.encode_engine_message(wire.Updates(failed))
+            self._send(client.identity, data)
+
+    # Messages.
+
+    def _receive(self, timeout_s: float) -> None:
+        if timeout_s and not self._socket.poll(int(timeout_s * 1000)):
+            return
+        for _ in range(MAX_MESSAGES_PER_STEP):
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = wire.decode_client_message(b"".join(frames))
+            except wire.MalformedMessageError as error:
+                logger.warning("A message from a client is ignored: %s", error)
+                continue
+            self._handle(identity, message)
+
+    def _handle(self, identity: bytes, message: wire.ClientMessage) -> None:
+        if isinstance(message, wire.Hello):
+            self._hello(identity, message)
+            return
+        client = self._clients.get(identity)
+        if client is None:
+            if not isinstance(message, wire.Goodbye):
+                self._send(identity, wire.encode_engine_message(wire.Unknown()))
+            return
+        client.last_heard_s = time.monotonic()
+        if isinstance(message, wire.Submit):
+            self._submit(client, message)
+        elif isinstance(message, wire.Abort):
+            self._abort(client, message)
+        elif isinstance(message, wire.StatsRequest):
+            self._send(identity, wire.encode_engine_message(wire.StatsReply(self._core.stats())))
+        elif isinstance(message, wire.Goodbye):
+            self._drop(client, "said goodbye")
+
+    def _hello(self, identity: bytes, message: wire.Hello) -> None:
+        refusal = refuse_hello(message)
+        if refusal is not None:
+            self._send(identity, wire.encode_engine_message(refusal))
+            return
+        known = self._by_client_id.get(message.client_id)
+        if known is None or known.identity != identity:
+            if known is not None:
+                self._drop(known, "came back on a new connection")
+            client = _Client(identity, message.client_id, time.monotonic())
+            self._clients[identity] = self._by_client_id[message.client_id] = client
+            logger.debug("Client %s is here.", message.client_id)
+        self._clients[identity].last_heard_s = time.monotonic()
+        self._send(identity, self._welcome)
+
+    def _submit(self, client: _Client, message: wire.Submit) -> None:
+        refused: wire.Refused | None = None
+        try:
+            request = wire.unpack_request(message)
+            num_waiting = self._core.stats().num_waiting
+            if num_waiting >= MAX_WAITING_REQUESTS:
+                error = f"The engine is full: {num_waiting} requests wait already. Try again later."
+                refused = wire.Refused(message.request_id, error, retry_after_s=1.0)
+            else:
+                # The identity of a client is not the request's to say, and a time that is none would upset the order.
+                arrival_s = request.arrival_s if math.isfinite(request.arrival_s) else time.time()
+                self._core.add(replace(request, client_id=client.client_id, arrival_s=arrival_s))
+        except InvalidRequestError as error:
+            refused = wire.Refused(message.request_id, str(error), is_invalid=True, param=error.param)
+        except Exception as error:
+            logger.exception("The request %s could not be added.", message.request_id)
+            refused = wire.Refused(message.request_id, f"The engine failed: {type(error).__name__}: {error}")
+        if refused is not None:
+            self._send(client.identity, wire.encode_engine_message(refused))
+            return
+        client.request_ids.add(message.request_id)
+        if self._log_requests:
+            num_tokens, num_sequences = len(request.prompt_token_ids), request.params.num_sequences
+            logger.info("Request %s: %d prompt tokens, %d sequences.", message.request_id, num_tokens, num_sequences)
+
+    def _abort(self, client: _Client, message: wire.Abort) -> None:
+        if message.request_id not in client.request_ids:
+            return  # It has ended, and its last update is on its way.
+        self._core.abort(message.request_id, client.client_id, message.index)
+        if message.index is None:
+            client.request_ids.discard(message.request_id)
+            updates = wire.Updates([_last_update(client, message.request_id)])
+            self._send(client.identity, wire.encode_engine_message(updates))
+
+    def _send(self, identity: bytes, data: bytes) -> None:
+        try:
+            self._socket.send_multipart((identity, data), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            client = self._clients.get(identity)
+            if client is not None:
+                self._drop(client, "does not read its messages" if error.errno == zmq.EAGAIN else "is gone")
+
+    def _end_leases(self) -> None:
+        oldest_s = time.monotonic() - wire.LEASE_S
+        for client in [c for c in self._clients.values() if c.last_heard_s < oldest_s]:
+            self._drop(client, f"has been silent for {wire.LEASE_S:.0f} s")
+
+    def _drop(self, client: _Client, reason: str) -> None:
+        del self._clients[client.identity], self._by_client_id[client.client_id]
+        for request_id in client.request_ids:
+            self._core.abort(request_id, client.client_id)
+        level = logging.WARNING if client.request_ids else logging.DEBUG
+        logger.log(level, "Client %s %s; %d requests aborted.", client.client_id, reason, len(client.request_ids))
+
+
+def refuse_hello(message: wire.Hello) -> wire.Rejected | None:
+    """Why a client can't be served, or None when it can."""
+    if message.protocol_version != wire.PROTOCOL_VERSION:
+        return wire.Rejected(
+            f"The client speaks version {message.protocol_version} of the protocol, this engine version "
+            f"{wire.PROTOCOL_VERSION}. Install the same version of cacheflow-engine on both sides."
+        )
+    if not 0 < len(message.client_id) <= wire.MAX_CLIENT_ID_LENGTH:
+        return wire.Rejected(f"A client id has 1 to {wire.MAX_CLIENT_ID_LENGTH} characters, not {len(message.client_id)}.")
+    return None
+
+
+def _last_update(client: _Client, request_id: str, error: str | None = None) -> RequestUpdate:
+    return RequestUpdate(request_id=request_id, client_id=client.client_id, sequences=[], finished=True, error=error)
+
+
+class _StatsLog:
+    """The line of statistics: what has happened since the one before, or since there is work again."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._last: EngineStats | None = None
+        self._last_s = 0.0
+
+    def tick(self, is_busy: bool) -> None:
+        """To be called between steps."""
+        if not is_busy:
+            self._last = None
+            return
+        now_s = time.monotonic()
+        if self._last is None:
+            self._last, self._last_s = self._core.stats(), now_s
+        elif now_s - self._last_s >= LOG_STATS_INTERVAL_S:
+            stats = self._core.stats()
+            self._write(self._last, stats, now_s - self._last_s)
+            self._last, self._last_s = stats, now_s
+
+    def _write(self, last: EngineStats, stats: EngineStats, elapsed_s: float) -> None:
+        num_prompt_tokens = stats.num_prompt_tokens - last.num_prompt_tokens
+        num_cached_tokens = stats.num_cached_tokens - last.num_cached_tokens
+        num_used_blocks = stats.num_blocks - stats.num_free_blocks - stats.num_cached_blocks
+        logger.info(
+            "Throughput: %.1f prompt and %.1f generated tokens/s. Running: %d, waiting: %d. KV cache: %.1f %% in use, "
+            "prefix hits: %.1f %%.",
+            num_prompt_tokens / elapsed_s,
+            (stats.num_generated_tokens - last.num_generated_tokens) / elapsed_s,
+            stats.num_running,
+            stats.num_waiting,
+            100 * num_used_blocks / max(stats.num_blocks, 1),
+            100 * num_cached_tokens / max(num_prompt_tokens, 1),
+        )
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def bind(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """A ROUTER socket that listens on `address`; of a Unix socket only the owner may connect.
+
+    Raises:
+        ConfigError: The address is not one, is not this machine's, or is taken.
+    """
+    endpoint = wire.parse_address(address)
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_CLIENT_MESSAGE_BYTES)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_LENGTH)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.setsockopt(zmq.IPV6, "[" in endpoint)
+    mask = os.umask(0o077)
+    try:
+        if endpoint.startswith("ipc://"):
+            path = endpoint.removeprefix("ipc://")
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            if _is_listening(path):
+                raise ConfigError(f"Another process listens on {path}. End it, or choose another address.")
+        socket.bind(endpoint)
+    except (OSError, zmq.ZMQError) as error:
+        socket.close(0)
+        raise ConfigError(f"Can't listen on {address}: {error.strerror}. Choose another address.") from error
+    except ConfigError:
+        socket.close(0)
+        raise
+    finally:
+        os.umask(mask)
+    return socket
+
+
+def _is_listening(path: str) -> bool:
+    # ZeroMQ would silently take the place of an engine that is still there.
+    with unix_socket.socket(unix_socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) -> None:
+    """Loads an engine and serves it, in the main thread, until SIGTERM or SIGINT.
+
+    Args:
+        config: Of the engine.
+        address: Where to listen: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
+        is_supervised: One client is sure to come, and is told of an error in loading before the process ends.
+
+    Raises:
+        CacheflowError: The address or the model can't be used.
+        EngineDeadError: The engine can't go on.
+        SystemExit: A signal came.
+    """
+    _end_on_signals()
+    with contextlib.ExitStack() as cleanup:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        cleanup.callback(context.term)
+        socket = bind(context, address)
+        cleanup.callback(socket.close)
+        reception = _Reception(socket)
+        try:
+            core = _load(config)
+            cleanup.callback(core.close)
+            host = Host(core, socket, log_stats=not config.disable_log_stats, log_requests=not config.disable_log_requests)
+        except Exception as error:
+            reception.close()
+            reception.tell(wire.LoadFailed(type(error).__name__, str(error)), is_supervised)
+            raise
+        finally:
+            reception.close()
+        logger.info("Serving %s at %s.", core.info.model, socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        host.greet(reception.identities)
+        host.run()
+
+
+def _load(config: EngineConfig) -> EngineCore:
+    from cacheflow.core import EngineCore
+
+    return EngineCore(config)
+
+
+class _Reception:
+    """Answers clients while the model loads. It has the socket until `close`."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.identities: dict[bytes, None] = {}
+        self._socket = socket
+        self._start_s = time.monotonic()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="cacheflow-reception", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Gives the socket back to the caller's thread."""
+        self._is_closing = True
+        self._thread.join()
+
+    def tell(self, failure: wire.LoadFailed, must_be_heard: bool) -> None:
+        """Says to all who asked, or will ask within `TELL_LOAD_ERROR_S` while nobody has yet, that loading failed."""
+        end_s = time.monotonic() + (TELL_LOAD_ERROR_S if must_be_heard else 0.0)
+        while not self.identities and (left_s := end_s - time.monotonic()) > 0:
+            self._answer(timeout_s=left_s)
+        for identity in self.identities:
+            self._send(identity, failure)
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            self._answer(timeout_s=0.05)
+
+    def _answer(self, timeout_s: float) -> None:
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return
+        identity, *frames = self._socket.recv_multipart()
+        try:
+            message = wire.decode_client_message(b"".join(frames))
+        except wire.MalformedMessageError as error:
+            logger.warning("A message from a client is ignored: %s", error)
+            return
+        if isinstance(message, wire.Hello):
+            refusal = refuse_hello(message)
+            if refusal is None:
+                self.identities[identity] = None
+            self._send(identity, refusal or wire.Loading(time.monotonic() - self._start_s))
+
+    def _send(self, identity: bytes, message: wire.EngineMessage) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # It left without waiting.
+            self._socket.send_multipart((identity, wire.encode_engine_message(message)), zmq.NOBLOCK)
+
+
+def _end_on_signals() -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        # A second signal ends the process where it stands.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+
+class Startup(msgspec.Struct, frozen=True):
+    """What a supervisor writes to the engine's standard input, as one line of JSON; then it keeps the pipe open.
+
+    Attributes:
+        address: Where to listen: a Unix socket in a folder of its own, which is removed at the end.
+        config: Of the engine.
+        log_level: Of the "cacheflow" logger.
+    """
+
+    address: str
+    config: EngineConfig
+    log_level: int
+
+
+def main() -> None:
+    """The supervised engine process. It ends with its parent."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise SystemExit(1)  # The parent is gone already.
+    startup = msgspec.json.decode(line, type=Startup)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cacheflow").setLevel(startup.log_level)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="cacheflow-parent", daemon=True).start()
+    try:
+        serve(startup.config, startup.address, is_supervised=True)
+    except EngineDeadError as error:
+        logger.critical("%s", error)
+        raise SystemExit(1) from error
+    except CacheflowError as error:
+        raise SystemExit(1) from error  # The client was told, and the parent raises it.
+    finally:
+        shutil.rmtree(os.path.dirname(startup.address.removeprefix("ipc://")), ignore_errors=True)
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    # The pipe closes when the parent is gone, however it went, unless a process that it forked holds it open.
+    poll = select.poll()
+    poll.register(sys.stdin.buffer, select.POLLHUP)
+    while os.getppid() == parent_pid and not poll.poll(1000):
+        pass
+    logger.warning("The process that started the engine is gone; the engine ends.")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_AFTER_PARENT_S)
+    os._exit(1)

@@ -1,0 +1,200 @@
+"""`Runner`: owns a rank's weights and KV tensors and runs steps on them.
+
+It knows no requests, queues or policies: a step says everything. Where it runs, and how results travel, is the executor's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cacheflow.errors import ConfigError, NotEnoughMemoryError
+from cacheflow.interfaces import Capacity, KVCacheSpec, OpSpec, StepOutput
+from cacheflow.kvcache.plan import available_memory_bytes, bytes_per_block, cpu_budget_bytes, num_usable_cpus, plan_blocks
+from cacheflow.loading.dtype import choose_dtype
+from cacheflow.loading.model import load_model
+from cacheflow.loading.resolve import resolve_model, tokenizer_data
+from cacheflow.plugins import select_plugin
+from cacheflow.sampling.logprobs import score_tokens
+from cacheflow.sampling.sampler import Sampler
+from cacheflow.types import ModelInfo
+from cacheflow.worker.allocator import keep_freed_memory
+from cacheflow.worker.batch import build_input
+from cacheflow.worker.processor_context import TokenizerContext
+
+if TYPE_CHECKING:
+    from cacheflow.config import EngineConfig
+    from cacheflow.interfaces import Architecture, AttentionBackend, ModelSpec, Sample, Step
+    from cacheflow.types import Logprobs
+    from cacheflow.worker.batch import ModelInput
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """A loaded model with its KV cache.
+
+    Args:
+        config: The engine's options.
+
+    Attributes:
+        capacity: What it offers.
+
+    Raises:
+        CacheflowError: The model can't be found or loaded, an option doesn't hold, or the KV cache finds no room.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        device = choose_device(config.device)
+        num_threads = config.num_threads or num_usable_cpus()
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        files = resolve_model(config)
+        dtype = choose_dtype(config.dtype, files.hf_config, device)
+        ops: Any = select_plugin("cacheflow.op_providers", config.op_provider, OpSpec(dtype=dtype, device=device))[1]
+        loaded = load_model(files, dtype, device, ops(OpSpec(dtype=dtype, device=device)))
+        max_model_len = choose_max_model_len(config.max_model_len, loaded.spec)
+        tokenizer = tokenizer_data(files, config)
+        kv_spec = KVCacheSpec(
+            attention=loaded.spec.attention,
+            num_heads=loaded.spec.num_heads,
+            num_kv_heads=loaded.spec.num_kv_heads,
+            head_size=loaded.spec.head_size,
+            block_size=config.block_size,
+            dtype=dtype,
+            device=device,
+        )
+        backend: Any = select_plugin("cacheflow.attention_backends", config.attention_backend, kv_spec)[1]
+
+        self._device = device
+        self._block_size = config.block_size
+        self._model: Architecture = loaded.model
+        self._spec = loaded.spec
+        self._backend: AttentionBackend = backend(kv_spec)
+        self._sampler = Sampler(TokenizerContext(tokenizer, loaded.spec.vocab_size))
+        num_blocks = self._plan_blocks(config, max_model_len, dtype)
+        shape = self._backend.kv_shape(num_blocks)
+        self._kv = [_zeros(shape, dtype, device) for _ in loaded.spec.attention]
+        if device.type == "cpu":
+            keep_freed_memory()
+        info = ModelInfo(
+            model=config.model,
+            architecture=loaded.architecture,
+            dtype=str(dtype).removeprefix("torch."),
+            vocab_size=loaded.spec.vocab_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            tokenizer=tokenizer,
+            engine_version=version("cacheflow-engine"),
+        )
+        self.capacity = Capacity(num_blocks=num_blocks, spec=loaded.spec, info=info)
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> StepOutput:
+        """Copies blocks, computes the step's tokens, scores and samples."""
+        self._sampler.forget(step.finished_requests)
+        if step.copies:
+            self._backend.copy_blocks(self._kv, step.copies)
+        samples: list[list[Sample]] = [[] for _ in step.sequences]
+        prompt_logprobs: list[list[Logprobs] | None] = [None] * len(step.sequences)
+        if not step.sequences:
+            return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs)
+        batch = build_input(step, self._block_size, self._device)
+        hidden = self._forward(batch)
+        for part in batch.scored:
+            rows = hidden[part.start : part.start + len(part.token_ids)]
+            prompt_logprobs[part.index] = score_tokens(
+                self._model.logits, rows, part.token_ids, self._spec.vocab_size, part.count
+            )
+        if batch.specs:
+            logits = self._model.logits(hidden[batch.logits_rows])
+            chosen = self._sampler.sample(logits, batch.row_of_spec, batch.specs)
+            for owner, sample in zip(batch.spec_owner, chosen, strict=True):
+                samples[owner].append(sample)
+        return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs)
+
+    def _forward(self, batch: ModelInput) -> torch.Tensor:
+        """Hidden states of all rows, `[num_tokens, hidden_size]`."""
+        plan = self._backend.plan(batch.attention)
+        layers, head_size = self._spec.attention, self._spec.head_size
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.unflatten(-1, (-1, head_size)) for x in (q, k, v))
+            return self._backend.forward(layers[layer], q, k, v, self._kv[layer], plan).flatten(1)
+
+        return self._model.forward(self._model.embed(batch.input_ids), batch.positions, attend)
+
+    def _plan_blocks(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
+        if self._device.type == "cuda":
+            budget = available = self._free_cuda_bytes(config)
+        else:
+            available = available_memory_bytes()
+            budget = cpu_budget_bytes(config.kv_cache_memory, config.swap_space, available)
+        return plan_blocks(
+            budget_bytes=budget,
+            available_bytes=available,
+            block_bytes=bytes_per_block(self._backend.kv_shape(1), self._spec.num_layers, dtype.itemsize),
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+        )
+
+    @torch.inference_mode()
+    def _free_cuda_bytes(self, config: EngineConfig) -> int:
+        """What the largest step leaves of the GPU's share, found by running one without a cache."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        num_tokens = min(config.max_num_batched_tokens, self._spec.max_model_len)
+        tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
+        try:
+            hidden = self._model.forward(self._model.embed(tokens), tokens, lambda layer, q, k, v: q)
+            self._model.logits(hidden[: config.max_num_seqs]).float().logsumexp(dim=-1)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemoryError(
+                f"A step of {num_tokens} tokens finds no room beside the weights ({error}). Lower --max-num-batched-tokens."
+            ) from error
+        activations = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return max(0, int(free - (1 - config.gpu_memory_utilization) * total) - activations)
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device that an option names; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: A GPU is asked for, and torch sees none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
+        raise ConfigError(f"--device cuda: torch {torch.__version__} sees no GPU. Use --device cpu, or install a CUDA build.")
+    return torch.device("cuda" if requested in ("auto", "cuda") and has_cuda else "cpu")
+
+
+def choose_max_model_len(requested: int | None, spec: ModelSpec) -> int:
+    """The option, or the model's own.
+
+    Raises:
+        ConfigError: More than the model was made for.
+    """
+    if requested is not None and requested > spec.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {requested} is more than the {spec.max_model_len} tokens that the model was made for. "
+            f"Leave it out, or choose at most {spec.max_model_len}."
+        )
+    return requested or spec.max_model_len
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros. On a CPU its pages are taken from the system when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    alignment = 64
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = torch.from_numpy(np.zeros(num_bytes + alignment, np.uint8))
+    start = -pages.data_ptr() % alignment
+    return pages[start : start + num_bytes].view(dtype).view(shape)

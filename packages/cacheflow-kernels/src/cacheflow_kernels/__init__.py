@@ -1,0 +1,33 @@
+"""Paged attention and the operations beside it, for any engine that keeps its KV cache in blocks.
+
+Usable alone: this package needs torch and nothing of cacheflow's engine. The functions are in `ops`; what each one means is
+written in plain torch in `reference`; `registry` says which implementations this machine can run and why not the others.
+"""
+
+from __future__ import annotations
+
+from cacheflow_kernels.ops import (
+    copy_blocks,
+    fused_add_rms_norm,
+    gelu_and_mul,
+    layer_norm,
+    paged_attention,
+    rms_norm,
+    rotary,
+    silu_and_mul,
+    store_kv,
+    swap_blocks,
+)
+
+__all__ = [
+    "copy_blocks",
+    "fused_add_rms_norm",
+    "gelu_and_mul",
+    "layer_norm",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "silu_and_mul",
+    "store_kv",
+    "swap_blocks",
+]

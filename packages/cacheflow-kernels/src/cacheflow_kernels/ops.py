@@ -1,0 +1,289 @@
+"""The public operations: what each takes, checked, and the call of the implementation that serves it.
+
+Shapes are in brackets. Every function takes `implementation`: "auto", or a name that `REGISTRY.reasons` lists. Inputs are on
+one device and contiguous in the last axis. What the results mean is written in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacheflow_kernels import reference
+from cacheflow_kernels.registry import Implementation, Registry
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _any_float(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    return () if dtype in FLOATS else (f"{dtype} is not a floating-point type",)
+
+
+def _build_registry() -> Registry:
+    registry = Registry()
+    plain: tuple[Callable[..., Any], ...] = (
+        reference.paged_attention,
+        reference.store_kv,
+        reference.copy_blocks,
+        reference.swap_blocks,
+        reference.rms_norm,
+        reference.fused_add_rms_norm,
+        reference.layer_norm,
+        reference.rotary,
+        reference.silu_and_mul,
+        reference.gelu_and_mul,
+    )
+    for function in plain:
+        registry.add(function.__name__, Implementation("reference", function, _any_float, priority=0))
+    return registry
+
+
+REGISTRY = _build_registry()
+"""All implementations of all operations."""
+
+
+def _select(op: str, implementation: str, tensor: Tensor) -> Callable[..., Any]:
+    return REGISTRY.select(op, implementation, tensor.device, tensor.dtype)
+
+
+def _require(valid: bool, name: str, tensor: Tensor, wanted: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)} {tensor.dtype} on {tensor.device}.")
+
+
+def _require_row_weight(name: str, weight: Tensor, x: Tensor) -> None:
+    _require(weight.shape == x.shape[-1:] and weight.device == x.device, name, weight, f"[{x.shape[-1]}] on {x.device}")
+
+
+def _require_pairs(pairs: Tensor) -> None:
+    _require(pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64, "pairs", pairs, "[num_pairs, 2] int64")
+
+
+def _require_cache_pair(k_cache: Tensor, v_cache: Tensor) -> None:
+    _require(k_cache.ndim == 4, "k_cache", k_cache, "[num_blocks, num_kv_heads, block_size, head_size]")
+    alike = v_cache.shape == k_cache.shape and v_cache.dtype == k_cache.dtype and v_cache.device == k_cache.device
+    _require(alike, "v_cache", v_cache, f"like k_cache, {list(k_cache.shape)} {k_cache.dtype} on {k_cache.device}")
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Causal attention over a paged KV cache: decodes, prompt chunks and mixtures of them in one call.
+
+    Sequence i's queries are rows `query_start_loc[i]` to `query_start_loc[i + 1]` of `q`; they are the *last* of its
+    `seq_lens[i]` positions, and their own keys and values are in the cache already (`store_kv`).
+
+    Args:
+        q: `[num_tokens, num_heads, head_size]`.
+        k_cache: `[num_blocks, num_kv_heads, block_size, head_size]`; `num_kv_heads` divides `num_heads`.
+        v_cache: Like `k_cache`.
+        block_tables: `[num_seqs, max_num_blocks] int32`: position p of sequence i lies in block
+            `block_tables[i, p // block_size]` at slot `p % block_size`; entries past its length are not read.
+        seq_lens: `[num_seqs] int32`: positions in the cache, the queries' own included.
+        query_start_loc: `[num_seqs + 1] int32`, not falling, from 0 to `num_tokens`.
+        scale: Factor of q · k; None: `head_size ** -0.5`.
+        window: Each position sees itself and the `window - 1` before it; None: all before it.
+        alibi_slopes: `[num_heads] float32` (ALiBi, arXiv:2108.12409), or None.
+        soft_cap: Scores become `soft_cap * tanh(score / soft_cap)`, before ALiBi's term; or None.
+        implementation: "auto" or a name.
+
+    Returns:
+        `[num_tokens, num_heads, head_size]` in q's dtype.
+
+    Raises:
+        ValueError: An argument has the wrong shape or dtype; the message names it.
+    """
+    _require_cache_pair(k_cache, v_cache)
+    _, num_kv_heads, _, head_size = k_cache.shape
+    valid = q.ndim == 3 and q.shape[2] == head_size and q.shape[1] % num_kv_heads == 0
+    _require(valid, "q", q, f"[num_tokens, a multiple of {num_kv_heads}, {head_size}]")
+    num_seqs = seq_lens.shape[0]
+    _require(seq_lens.ndim == 1 and seq_lens.dtype == torch.int32, "seq_lens", seq_lens, "[num_seqs] int32")
+    valid = query_start_loc.shape == (num_seqs + 1,) and query_start_loc.dtype == torch.int32
+    _require(valid, "query_start_loc", query_start_loc, f"[{num_seqs + 1}] int32")
+    valid = block_tables.ndim == 2 and block_tables.shape[0] == num_seqs and block_tables.dtype == torch.int32
+    _require(valid, "block_tables", block_tables, f"[{num_seqs}, max_num_blocks] int32")
+    if alibi_slopes is not None:
+        _require(alibi_slopes.shape == q.shape[1:2], "alibi_slopes", alibi_slopes, f"[{q.shape[1]}]")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be None or at least 1, got {window}.")
+    scale = head_size**-0.5 if scale is None else scale
+    function = _select("paged_attention", implementation, q)
+    out: Tensor = function(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, alibi_slopes, soft_cap)
+    return out
+
+
+def store_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, implementation: str = "auto"
+) -> None:
+    """Writes this step's keys and values into the cache, in place.
+
+    Args:
+        k: `[num_tokens, num_kv_heads, head_size]`.
+        v: Like `k`.
+        k_cache: `[num_blocks, num_kv_heads, block_size, head_size]`.
+        v_cache: Like `k_cache`.
+        slot_mapping: `[num_tokens] int64`: `block * block_size + slot` of each token, all distinct; a token with a negative one
+            is padding and is not stored.
+        implementation: "auto" or a name.
+
+    Raises:
+        ValueError: An argument has the wrong shape or dtype; the message names it.
+    """
+    _require_cache_pair(k_cache, v_cache)
+    num_kv_heads, head_size = k_cache.shape[1], k_cache.shape[3]
+    _require(k.ndim == 3 and k.shape[1:] == (num_kv_heads, head_size), "k", k, f"[num_tokens, {num_kv_heads}, {head_size}]")
+    _require(v.shape == k.shape and v.dtype == k.dtype, "v", v, f"like k, {list(k.shape)} {k.dtype}")
+    valid = slot_mapping.shape == k.shape[:1] and slot_mapping.dtype == torch.int64
+    _require(valid, "slot_mapping", slot_mapping, f"[{k.shape[0]}] int64")
+    _select("store_kv", implementation, k)(k, v, k_cache, v_cache, slot_mapping)
+
+
+def copy_blocks(caches: Sequence[Tensor], pairs: Tensor, *, implementation: str = "auto") -> None:
+    """Copies whole blocks within each cache, as if all sources were read before any write (copy-on-write).
+
+    Args:
+        caches: Each `[num_blocks, ...]`.
+        pairs: `[num_pairs, 2] int64`: source and destination; destinations are distinct.
+        implementation: "auto" or a name.
+
+    Raises:
+        ValueError: `pairs` has the wrong shape or dtype.
+    """
+    _require_pairs(pairs)
+    if caches:
+        _select("copy_blocks", implementation, caches[0])(caches, pairs)
+
+
+def swap_blocks(source: Tensor, destination: Tensor, pairs: Tensor, *, implementation: str = "auto") -> None:
+    """Copies whole blocks from one cache to another, which may live on another device.
+
+    Args:
+        source: `[num_blocks, ...]`.
+        destination: `[its own num_blocks, ...]`, otherwise like `source`.
+        pairs: `[num_pairs, 2] int64`: block of `source`, block of `destination`.
+        implementation: "auto" or a name.
+
+    Raises:
+        ValueError: An argument has the wrong shape or dtype; the message names it.
+    """
+    _require_pairs(pairs)
+    alike = destination.shape[1:] == source.shape[1:] and destination.dtype == source.dtype
+    _require(alike, "destination", destination, f"[num_blocks, *{list(source.shape[1:])}] {source.dtype}")
+    _select("swap_blocks", implementation, source)(source, destination, pairs)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, implementation: str = "auto") -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * weight` over the last axis (RMSNorm, arXiv:1910.07467).
+
+    Args:
+        x: `[..., size]`.
+        weight: `[size]`.
+        eps: Added to the mean square.
+        implementation: "auto" or a name.
+    """
+    _require_row_weight("weight", weight, x)
+    out: Tensor = _select("rms_norm", implementation, x)(x, weight, eps)
+    return out
+
+
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`(rms_norm(x + residual), x + residual)`; either input may be overwritten.
+
+    Args:
+        x: `[..., size]`.
+        residual: Like `x`.
+        weight: `[size]`.
+        eps: Added to the mean square.
+        implementation: "auto" or a name.
+    """
+    _require_row_weight("weight", weight, x)
+    _require(residual.shape == x.shape and residual.dtype == x.dtype, "residual", residual, f"{list(x.shape)} {x.dtype}")
+    out: tuple[Tensor, Tensor] = _select("fused_add_rms_norm", implementation, x)(x, residual, weight, eps)
+    return out
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, implementation: str = "auto"
+) -> Tensor:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis (LayerNorm, arXiv:1607.06450).
+
+    Args:
+        x: `[..., size]`.
+        weight: `[size]`.
+        bias: `[size]` or None.
+        eps: Added to the variance.
+        implementation: "auto" or a name.
+    """
+    _require_row_weight("weight", weight, x)
+    if bias is not None:
+        _require_row_weight("bias", bias, x)
+    out: Tensor = _select("layer_norm", implementation, x)(x, weight, bias, eps)
+    return out
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    head_size: int,
+    is_neox: bool = True,
+    *,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of q and k (RoFormer, arXiv:2104.09864); either may be overwritten.
+
+    Args:
+        q: `[num_tokens, num_heads * head_size]`; rows may be strided.
+        k: `[num_tokens, num_kv_heads * head_size]`; rows may be strided.
+        positions: `[num_tokens] int64`.
+        cos_sin: `[max_positions, rotary_size] float32`: cosines in the first half, sines in the second.
+        head_size: Elements of one head; the first `rotary_size` of them turn.
+        is_neox: The pairs that turn are (i, i + rotary_size / 2); otherwise (2i, 2i + 1).
+        implementation: "auto" or a name.
+
+    Returns:
+        q and k, turned.
+    """
+    valid = positions.ndim == 1 and positions.dtype == torch.int64
+    _require(valid, "positions", positions, "[num_tokens] int64")
+    for name, x in (("q", q), ("k", k)):
+        valid = x.ndim == 2 and x.shape[0] == positions.shape[0] and x.shape[1] % head_size == 0
+        _require(valid, name, x, f"[{positions.shape[0]}, a multiple of {head_size}]")
+    valid = cos_sin.ndim == 2 and cos_sin.shape[1] % 2 == 0 and cos_sin.shape[1] <= head_size
+    _require(valid, "cos_sin", cos_sin, f"[max_positions, an even size up to {head_size}]")
+    out: tuple[Tensor, Tensor] = _select("rotary", implementation, q)(q, k, positions, cos_sin, head_size, is_neox)
+    return out
+
+
+def silu_and_mul(x: Tensor, *, implementation: str = "auto") -> Tensor:
+    """`[..., 2 * size]` → `silu(x[..., :size]) * x[..., size:]`."""
+    _require(x.shape[-1] % 2 == 0, "x", x, "[..., an even size]")
+    out: Tensor = _select("silu_and_mul", implementation, x)(x)
+    return out
+
+
+def gelu_and_mul(x: Tensor, *, approximate: str = "none", implementation: str = "auto") -> Tensor:
+    """`[..., 2 * size]` → `gelu(x[..., :size]) * x[..., size:]`; `approximate` is "none" (erf) or "tanh"."""
+    _require(x.shape[-1] % 2 == 0, "x", x, "[..., an even size]")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}.')
+    out: Tensor = _select("gelu_and_mul", implementation, x)(x, approximate)
+    return out

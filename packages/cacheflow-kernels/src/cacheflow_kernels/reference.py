@@ -1,0 +1,139 @@
+"""Every operation in plain torch: the specification that each implementation is measured against.
+
+Written to be read, not to be fast. Arithmetic is in float32 (float64 for float64 inputs), rounded to the input's dtype once,
+at the end. This module knows nothing of devices, dispatch or engines. Arguments are as in `ops`, which checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's last tokens over its blocks (PagedAttention, arXiv:2309.06180)."""
+    out = torch.zeros_like(q)
+    starts = query_start_loc.tolist()
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        start, end = starts[i], starts[i + 1]
+        if start == end:
+            continue
+        k, v = (_gather(cache, block_tables[i], seq_len) for cache in (k_cache, v_cache))
+        out[start:end] = _attend(q[start:end], k, v, scale, window, alibi_slopes, soft_cap).to(q.dtype)
+    return out
+
+
+def _gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
+    """One sequence's keys or values, `[num_kv_heads, seq_len, head_size]`."""
+    _, num_kv_heads, block_size, head_size = cache.shape
+    num_blocks = -(-seq_len // block_size)
+    blocks = cache[block_table[:num_blocks].long()]
+    return blocks.transpose(0, 1).reshape(num_kv_heads, num_blocks * block_size, head_size)[:, :seq_len]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None, soft_cap: float | None
+) -> Tensor:
+    """One sequence: q `[num_queries, num_heads, head_size]` are the last `num_queries` of the positions in k and v."""
+    num_queries, num_heads, _ = q.shape
+    num_kv_heads, seq_len, _ = k.shape
+    k, v = (_wide(x).repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
+    scores = torch.einsum("qhd,hkd->hqk", _wide(q), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    key_positions = torch.arange(seq_len, device=q.device)
+    distance = (key_positions[-num_queries:, None] - key_positions)[None]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    probabilities = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,hkd->qhd", probabilities, v)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Writes each token's key and value at its slot, in place; a negative slot is padding."""
+    block_size = k_cache.shape[2]
+    rows = (slot_mapping >= 0).nonzero().squeeze(1)
+    blocks, offsets = slot_mapping[rows] // block_size, slot_mapping[rows] % block_size
+    k_cache[blocks, :, offsets] = k[rows].to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v[rows].to(v_cache.dtype)
+
+
+def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
+    """Copies blocks within each cache, as if all sources were read before any write."""
+    for cache in caches:
+        cache[pairs[:, 1]] = cache[pairs[:, 0]]
+
+
+def swap_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
+    """Copies blocks from one cache to another, which may be on another device."""
+    blocks = source[pairs[:, 0].to(source.device)]
+    destination[pairs[:, 1].to(destination.device)] = blocks.to(destination.device)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) over the last axis."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum, rounded to the inputs' dtype, and its RMSNorm."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm (arXiv:1607.06450) over the last axis."""
+    wide = _wide(x)
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * _wide(weight)
+    return (out if bias is None else out + _wide(bias)).to(x.dtype)
+
+
+def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, head_size: int, is_neox: bool) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864)."""
+    cos, sin = (half[:, None, :] for half in cos_sin[positions].chunk(2, dim=-1))
+    return _rotate(q, cos, sin, head_size, is_neox), _rotate(k, cos, sin, head_size, is_neox)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, head_size: int, is_neox: bool) -> Tensor:
+    heads = _wide(x).unflatten(-1, (-1, head_size))
+    rotary_size = 2 * cos.shape[-1]
+    turning, rest = heads[..., :rotary_size], heads[..., rotary_size:]
+    if is_neox:
+        first, second = turning.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, rest), dim=-1).flatten(-2).to(x.dtype)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """SwiGLU's product (arXiv:2002.05202): `silu(first half) * second half`."""
+    gate, up = _wide(x).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def gelu_and_mul(x: Tensor, approximate: str) -> Tensor:
+    """GeGLU's product (arXiv:2002.05202): `gelu(first half) * second half`."""
+    gate, up = _wide(x).chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate=approximate) * up).to(x.dtype)

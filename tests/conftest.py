@@ -1,0 +1,49 @@
+"""What all tests share: one thread, no network, a cache folder of their own, and tiny models on disk."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before anything imports torch or the hub library; child processes inherit them.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_cache = tempfile.TemporaryDirectory(prefix="cacheflow-tests-")
+os.environ["CACHEFLOW_CACHE"] = _cache.name
+
+# The same examples every time, and none judged by how busy the machine is.
+settings.register_profile("cacheflow", deadline=None, derandomize=True)
+settings.load_profile("cacheflow")
+
+# So that tests can say `from tiny import ...`.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama: safetensors, tokenizer.json, chat template; float32."""
+    from tiny import write_tiny_llama
+
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny OPT with the files of facebook/opt-125m: .bin, vocab.json, merges.txt; float16."""
+    from tiny import write_tiny_opt
+
+    return write_tiny_opt(tmp_path_factory.mktemp("models") / "tiny-opt")
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub cache folder that holds a tiny `facebook/opt-125m`; pass it as `download_dir`, or as HF_HUB_CACHE to a child."""
+    from tiny import write_tiny_opt_in_hub_cache
+
+    return write_tiny_opt_in_hub_cache(tmp_path_factory.mktemp("hub-cache"))

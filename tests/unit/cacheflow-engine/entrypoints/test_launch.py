@@ -1,0 +1,35 @@
+"""The launcher of frontends."""
+
+from __future__ import annotations
+
+import pytest
+
+from cacheflow.entrypoints import launch
+from cacheflow.errors import PluginError
+
+
+def test_a_frontend_that_is_not_installed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "find_plugins", lambda group: {})
+    with pytest.raises(PluginError, match="pip install cacheflow-server"):
+        launch.frontend_command("simple")
+    with pytest.raises(PluginError, match="The frontend 'other' is not installed"):
+        launch.frontend_command("other")
+
+
+def test_a_program_whose_frontend_is_missing_ends_with_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "find_plugins", lambda group: {})
+    with pytest.raises(SystemExit) as end:
+        launch.main("openai", [])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        "Error: The frontend 'openai' is not installed. Install it with: pip install cacheflow-openai\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["simple", "openai"])
+def test_a_frontends_command_has_its_own_options_and_the_engines(name: str) -> None:
+    options = [parameter.name for parameter in launch.frontend_command(name).params]
+    assert {"host", "port", "max_body_bytes", "engine", "model", "max_num_seqs"} <= set(options)
+    assert len(options) == len(set(options))

@@ -1,0 +1,156 @@
+"""The simple frontend on a real engine, driven in process."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from cacheflow.types import SAMPLING_FIELDS, CompletionOutput, SamplingParams
+from cacheflow_server.app import SimpleFrontend, SimpleOptions
+
+QUICKSTART_BODY = b"""{
+            "prompt": "San Francisco is a",
+            "use_beam_search": true,
+            "n": 4,
+            "temperature": 0
+        }"""
+
+
+@pytest.fixture(scope="session")
+def client(loop: Any, engine: Any, app_client: Any) -> Any:
+    return app_client(SimpleFrontend.create_app(engine, SimpleOptions(max_body_bytes=20_000)))
+
+
+def refusal(client: Any, body: bytes | dict[str, Any], status: int = 400) -> dict[str, Any]:
+    answer = client.post("/generate", content=body if isinstance(body, bytes) else json.dumps(body))
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def documents(body: bytes) -> list[dict[str, Any]]:
+    *parts, rest = body.split(b"\0")
+    assert rest == b""
+    return [json.loads(part) for part in parts]
+
+
+def test_the_quickstarts_body_gives_four_different_beams_behind_the_prompt(client: Any, engine: Any, loop: Any) -> None:
+    async def beams() -> list[CompletionOutput]:
+        outputs = engine.generate("San Francisco is a", SamplingParams(use_beam_search=True, n=4, temperature=0))
+        return [output async for output in outputs][-1].outputs
+
+    answer = client.post("/generate", content=QUICKSTART_BODY, headers={"content-type": "application/x-www-form-urlencoded"})
+    assert answer.status_code == 200
+    expected = loop.run(beams())
+    # By their tokens: a model that knows no language makes bytes that are no characters, and those all look the same.
+    assert len({tuple(beam.token_ids) for beam in expected}) == 4
+    assert answer.json() == {"text": [f"San Francisco is a{beam.text}" for beam in expected]}
+
+
+def test_token_ids_give_the_same_text_as_the_text_they_spell(client: Any, engine: Any) -> None:
+    ids = engine.tokenizer.encode("Hello, my name is")
+    by_ids = client.post("/generate", json={"prompt": ids, "temperature": 0})
+    by_text = client.post("/generate", json={"prompt": "Hello, my name is", "temperature": 0})
+    assert by_ids.json() == by_text.json()
+
+
+def test_a_stream_grows_to_the_text_of_the_whole_answer(client: Any) -> None:
+    asked = {"prompt": "Hello, my name is", "n": 2, "seed": 7, "max_tokens": 24}
+    whole = client.post("/generate", json=asked).json()
+    streamed = documents(client.post("/generate", json={**asked, "stream": True}).content)
+    assert streamed[-1] == whole
+    assert len(streamed) > 2
+    for before, after in pairwise(streamed):
+        assert all(new.startswith(old) for old, new in zip(before["text"], after["text"], strict=True))
+
+
+def test_a_stream_of_beams_is_its_final_texts(client: Any) -> None:
+    streamed = documents(client.post("/generate", json={**json.loads(QUICKSTART_BODY), "stream": True}).content)
+    assert streamed == [client.post("/generate", content=QUICKSTART_BODY).json()]
+
+
+def test_every_sampling_parameter_is_accepted(client: Any) -> None:
+    values = {
+        "n": 1, "best_of": 2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "temperature": 0.7,
+        "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 1, "use_beam_search": False, "length_penalty": 1.0,
+        "early_stopping": False, "stop": ["zzz"], "stop_token_ids": [5], "include_stop_str_in_output": True, "ignore_eos": True,
+        "max_tokens": 4, "min_tokens": 2, "logprobs": 2, "prompt_logprobs": 1, "logit_bias": {"7": 1.5},
+        "allowed_token_ids": list(range(4, 300)), "bad_words": ["bad"], "skip_special_tokens": False, "extra": {},
+    }  # fmt: skip
+    assert set(values) == set(SAMPLING_FIELDS)
+    answer = client.post("/generate", json={"prompt": "Hello", **values})
+    assert answer.status_code == 200, answer.text
+
+
+def test_logit_bias_takes_token_ids_as_json_must_write_them(client: Any, engine: Any) -> None:
+    token_id = engine.tokenizer.encode("z", add_bos=False)[0]
+    answer = client.post(
+        "/generate", json={"prompt": "a", "temperature": 0, "max_tokens": 3, "logit_bias": {str(token_id): 100}}
+    )
+    assert answer.json() == {"text": ["azzz"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a", "max_token": 3}, "max_token"),
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [100_000]}, "prompt"),
+        ({"prompt": "a", "stream": 1}, "stream"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "n": 0}, "n"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"9999": 1}}, "logit_bias"),
+        ({"prompt": "a b " * 400}, "prompt"),
+        ({"prompt": "a", "use_beam_search": True}, "best_of"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_field_is_named(client: Any, fields: dict[str, Any], param: str, stream: bool) -> None:
+    error = refusal(client, {"stream": True, **fields} if stream else fields)
+    assert error["param"] == param
+    assert param in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_an_unknown_field_names_the_one_that_was_meant(client: Any) -> None:
+    assert "Did you mean 'max_tokens'?" in refusal(client, {"prompt": "a", "max_token": 3})["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"[" * 10_000])
+def test_what_is_no_json_object_is_refused(client: Any, body: bytes) -> None:
+    assert "request body" in refusal(client, body)["message"]
+
+
+def test_a_body_over_the_limit_is_refused(client: Any) -> None:
+    assert "20000 bytes" in refusal(client, {"prompt": "a" * 20_000}, status=413)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/generate", 405), ("PUT", "/health", 405)]
+)
+def test_unknown_routes_and_methods_get_the_same_shape_of_error(client: Any, method: str, path: str, status: int) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_running_engine_is_alive_and_ready(client: Any) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.get("/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_blocks(client: Any, engine: Any, loop: Any, stream: bool) -> None:
+    body = json.dumps({"prompt": "Hello", "stream": stream, "max_tokens": 500, "ignore_eos": True, "n": 8}).encode()
+    client.post_and_hang_up("/generate", body, after_parts=2 if stream else 0)
+    stats = loop.run(engine.stats())
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
