@@ -108,13 +108,17 @@ class SimulatedExecutor:
             for position in range(length):
                 slot = sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
                 stored = self.memory.get(slot)
-                assert stored is not None and stored[0] == position, f"position {position} was never stored where the table says"
+                assert stored is not None and stored[0] == position, (
+                    f"position {position} was never stored where the table says"
+                )
                 context.append(stored[1])
             samples.append([self._sample(context, spec) for spec in sequence.samples])
         if any(self._is_poisoned(s.samples) for s in step.sequences):
             return Result(RuntimeError("poison"))
         prompt_logprobs = [
-            None if s.num_prompt_logprobs is None else [{t: -float(s.num_computed_tokens + i + 1)} for i, t in enumerate(s.scored_token_ids)]
+            None
+            if s.num_prompt_logprobs is None
+            else [{t: -float(s.num_computed_tokens + i + 1)} for i, t in enumerate(s.scored_token_ids)]
             for s in step.sequences
         ]
         return Result(StepOutput(samples=samples, prompt_logprobs=prompt_logprobs))

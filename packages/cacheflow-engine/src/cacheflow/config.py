@@ -95,13 +95,18 @@ class EngineConfig:
     )
     device: str = option("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "Where dummy weights, and seeds that requests leave out, come from.", minimum=0, maximum=2**63 - 1)
-    max_model_len: int | None = option(None, "Most of prompt and output together. Default: the model's own.", minimum=1, unit="tokens")
+    max_model_len: int | None = option(
+        None, "Most of prompt and output together. Default: the model's own.", minimum=1, unit="tokens"
+    )
     block_size: int = option(16, "Token slots of a KV block.", minimum=1, maximum=256, unit="tokens")
     kv_cache_memory: float | None = option(
         None, "Memory for the KV cache on a CPU. Default: half of what is free after loading, at most 4.", minimum=0, unit="GiB"
     )
     swap_space: float = option(
-        0.0, "Host memory for blocks that find no room on the device; on a CPU it just adds to the KV cache.", minimum=0, unit="GiB"
+        0.0,
+        "Host memory for blocks that find no room on the device; on a CPU it just adds to the KV cache.",
+        minimum=0,
+        unit="GiB",
     )
     gpu_memory_utilization: float = option(
         0.9, "Share of a GPU's memory for weights, activations and KV cache.", minimum=0.01, maximum=1

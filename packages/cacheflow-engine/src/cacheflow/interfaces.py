@@ -99,6 +99,8 @@ class Architecture(Protocol):
 
     A model is a function of its arguments: it keeps no state between calls and knows neither batches nor blocks. Its
     constructor declares every parameter through the `BuildContext`, with its names in a checkpoint.
+
+    A class may have `TINY`, a small Hugging Face configuration: `cacheflow plugins check` builds it and tries the model.
     """
 
     CONTRACT_VERSION: ClassVar[int]
@@ -119,7 +121,10 @@ class Architecture(Protocol):
         ...
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """All layers and the final norm: `[num_tokens, hidden_size]`, positions `[num_tokens] int64`, to the same shape."""
+        """All layers and the final norm: `[num_tokens, hidden_size]`, positions `[num_tokens] int64`, to the same shape.
+
+        `hidden` may be overwritten.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -201,7 +206,8 @@ class AttentionMetadata:
     """The shape of one step's batch. Sequences with one query token come first.
 
     Attributes:
-        query_start_loc: `[num_seqs + 1] int32`: sequence i's query tokens are rows `[query_start_loc[i], query_start_loc[i + 1])`.
+        query_start_loc: `[num_seqs + 1] int32`: sequence i's query tokens are the rows from `query_start_loc[i]` up to
+            `query_start_loc[i + 1]`.
         seq_lens: `[num_seqs] int32`: tokens in the cache once this step is stored, its query tokens included.
         block_tables: `[num_seqs, max_num_blocks] int32`: token t of a sequence lies in block `block_tables[i, t // block_size]`
             at slot `t % block_size`; unused entries are -1.
@@ -305,11 +311,18 @@ class OpProvider(Protocol):
     def __init__(self, spec: OpSpec) -> None: ...
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Packs `weight [out_features, in_features]` once; the result maps `[num_rows, in_features]` to `[num_rows, out_features]`."""
+        """Packs `weight [out_features, in_features]`, once.
+
+        Returns:
+            A function from `[num_rows, in_features]` to `[num_rows, out_features]`.
+        """
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMSNorm (arXiv:1910.07467) over the last axis, computed in float32, returned in x's dtype."""
+        """RMSNorm (arXiv:1910.07467) over the last axis: computed in float32, rounded to x's dtype, then times the weight.
+
+        Where it rounds decides bfloat16 tokens: models are trained and published with this order.
+        """
         ...
 
     def fused_add_rms_norm(
@@ -326,6 +339,8 @@ class OpProvider(Protocol):
         self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, head_size: int, is_neox: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary position embedding (arXiv:2104.09864); q and k may be overwritten.
+
+        Cosines and sines are rounded to q's dtype, and the products are taken in it.
 
         Args:
             q: `[num_tokens, num_heads * head_size]`, rows may be strided.
@@ -380,7 +395,10 @@ class ProcessorRow:
 
 
 class LogitsProcessor(Protocol):
-    """Changes logits before a token is chosen. Processors run in the order of `priority`, highest first."""
+    """Changes logits before a token is chosen. Processors run in the order of `priority`, highest first.
+
+    A class may have `EXAMPLES`, keyword arguments of `SamplingParams` that switch it on, for `cacheflow plugins check`.
+    """
 
     CONTRACT_VERSION: ClassVar[int]
     priority: ClassVar[int]
@@ -499,8 +517,7 @@ class ScheduledSequence:
         num_computed_tokens: How many come before them in the cache.
         block_table: Blocks for all of them.
         samples: The choices to make behind the last token; empty within a prompt, several where sequences are about to fork.
-        num_prompt_logprobs: How many top log probabilities to give for each token *after* a scheduled one that `scored_token_ids`
-            names; None: no scores.
+        num_prompt_logprobs: How many top log probabilities to give beside each of `scored_token_ids`; None: no scores.
         scored_token_ids: The tokens that follow the scheduled ones in the prompt; the scored positions are the first
             `len(scored_token_ids)` scheduled ones.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
-from cacheflow.errors import CacheflowError, InvalidRequestError, RequestFailedError
+from cacheflow.errors import InvalidRequestError, RequestFailedError
 from cacheflow.text.assembler import RequestAssembler
 from cacheflow.text.requests import make_request
 from cacheflow.text.tokenizer import Tokenizer
@@ -63,9 +63,7 @@ class LLM:
         CacheflowError: The model can't be found or loaded, an option doesn't hold, or memory doesn't suffice.
     """
 
-    def __init__(
-        self, model: str, tensor_parallel_size: int = 1, dtype: str = "auto", seed: int = 0, **options: Any
-    ) -> None:
+    def __init__(self, model: str, tensor_parallel_size: int = 1, dtype: str = "auto", seed: int = 0, **options: Any) -> None:
         config = EngineConfig.from_mapping(
             {"model": model, "tensor_parallel_size": tensor_parallel_size, "dtype": dtype, "seed": seed, **options}
         )
@@ -111,7 +109,7 @@ class LLM:
         """
         texts, token_ids = _as_lists(prompts, prompt_token_ids)
         outputs: list[RequestOutput | None] = [None] * len(texts or token_ids or ())
-        progress = _Progress(len(outputs), enabled=use_tqdm)
+        progress = _Progress(len(outputs), is_shown=use_tqdm)
         try:
             for position, output in self._run(texts, token_ids, sampling_params, raise_errors=raise_errors):
                 outputs[position] = output
@@ -188,7 +186,7 @@ class LLM:
                 except InvalidRequestError as error:
                     if raise_errors:
                         raise
-                    yield position, _refused(text, ids, error)
+                    yield position, _refused(str(self._num_requests), text, ids, error)
                     continue
                 running[request.request_id] = (position, request, RequestAssembler(self.tokenizer, request, text))
             while running:
@@ -219,10 +217,10 @@ class LLM:
 class _Progress:
     """A progress bar over requests, with the rate of output tokens."""
 
-    def __init__(self, num_prompts: int, *, enabled: bool) -> None:
+    def __init__(self, num_prompts: int, *, is_shown: bool) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=num_prompts, desc="Generating", unit="prompt", disable=not enabled, dynamic_ncols=True)
+        self._bar = tqdm(total=num_prompts, desc="Generating", unit="prompt", disable=not is_shown, dynamic_ncols=True)
         self._num_tokens = 0
 
     def add(self, output: RequestOutput) -> None:
@@ -244,7 +242,9 @@ def _as_lists(
     texts = None if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
     token_ids = None if prompt_token_ids is None else list(prompt_token_ids)
     if token_ids and isinstance(token_ids[0], int):
-        raise InvalidRequestError("prompt_token_ids must be a list of lists of token ids, one per prompt.", param="prompt_token_ids")
+        raise InvalidRequestError(
+            "prompt_token_ids must be a list of lists of token ids, one per prompt.", param="prompt_token_ids"
+        )
     if texts is not None and token_ids is not None and len(texts) != len(token_ids):
         raise InvalidRequestError(
             f"{len(texts)} prompts and {len(token_ids)} lists of token ids: there must be as many.", param="prompt_token_ids"
@@ -263,10 +263,10 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prom
     return params
 
 
-def _refused(text: str | None, token_ids: list[int] | None, error: CacheflowError) -> RequestOutput:
+def _refused(request_id: str, text: str | None, token_ids: list[int] | None, error: InvalidRequestError) -> RequestOutput:
     empty = CompletionOutput(index=0, text="", token_ids=[], cumulative_logprob=0.0, finish_reason=FINISH_ERROR)
     return RequestOutput(
-        request_id="", prompt=text, prompt_token_ids=token_ids or [], outputs=[empty], finished=True, error=str(error)
+        request_id=request_id, prompt=text, prompt_token_ids=token_ids or [], outputs=[empty], finished=True, error=str(error)
     )
 
 

@@ -76,7 +76,8 @@ class SamplingParams:
             none is possible.
         stop: Up to 16 strings, at most 256 characters each, that end the text; not part of it unless
             `include_stop_str_in_output`.
-        stop_token_ids: Up to 128 ids that end the sequence. Like the end-of-text token they stay in `token_ids` and out of `text`.
+        stop_token_ids: Up to 128 ids that end the sequence. Like the end-of-text token they stay in `token_ids` and out of
+            `text`.
         include_stop_str_in_output: Keep the stop string that was met in the text.
         ignore_eos: Go on past the end-of-text token.
         max_tokens: Most tokens to generate; at least 1. None: what the context leaves.
@@ -204,10 +205,14 @@ class SamplingParams:
             value = getattr(self, name)
             valid = _is_sequence(value, max_items) and all(isinstance(s, str) and 1 <= len(s) <= MAX_STOP_LENGTH for s in value)
             _check(name, value, valid, f"at most {max_items} strings of 1 to {MAX_STOP_LENGTH} characters")
-        valid = _is_sequence(self.stop_token_ids, MAX_STOP_TOKEN_IDS) and all(_is_int(t) and t >= 0 for t in self.stop_token_ids)
+        valid = _is_sequence(self.stop_token_ids, MAX_STOP_TOKEN_IDS) and all(
+            _is_int(t) and t >= 0 for t in self.stop_token_ids
+        )
         _check("stop_token_ids", self.stop_token_ids, valid, f"at most {MAX_STOP_TOKEN_IDS} token ids")
         ids = self.allowed_token_ids
-        valid = ids is None or (_is_sequence(ids, MAX_ALLOWED_TOKEN_IDS) and bool(ids) and all(_is_int(t) and t >= 0 for t in ids))
+        valid = ids is None or (
+            _is_sequence(ids, MAX_ALLOWED_TOKEN_IDS) and bool(ids) and all(_is_int(t) and t >= 0 for t in ids)
+        )
         _check("allowed_token_ids", ids, valid, f"None or 1 to {MAX_ALLOWED_TOKEN_IDS} token ids")
         bias = self.logit_bias
         valid = bias is None or (
@@ -250,7 +255,7 @@ class CompletionOutput:
         cumulative_logprob: Sum of the raw log probabilities of `token_ids`, in nats.
         logprobs: One entry per token id, or None when not asked for.
         finish_reason: None while it runs; "stop" (end of text, stop string or stop token), "length", "abort" or "error".
-        stop_reason: The stop string or the stop token id that ended it, or None.
+        stop_reason: The stop string, or the id of `stop_token_ids`, that ended it; None for an end-of-text token.
     """
 
     index: int
@@ -275,7 +280,8 @@ class RequestOutput:
         request_id: The id that the request was added under.
         prompt: Its text; None when it was given as token ids.
         prompt_token_ids: The tokens the model saw.
-        outputs: The sequences, best first once finished.
+        outputs: The sequences. With beam search or `best_of` above `n` only the end shows which they are, and they come best
+            first.
         finished: Whether this is the last output of the request.
         prompt_logprobs: One entry per prompt token, None for the first; None when not asked for.
         num_cached_tokens: Prompt tokens that were found in the prefix cache.
@@ -325,7 +331,7 @@ class SequenceUpdate:
         new_logprobs: One entry per new token, or None when not asked for.
         cumulative_logprob: Sum of raw log probabilities of all its tokens, in nats.
         finish_reason: None while it runs.
-        stop_reason: The stop token id that ended it, or None.
+        stop_reason: The id of `stop_token_ids` that ended it, or None.
     """
 
     index: int

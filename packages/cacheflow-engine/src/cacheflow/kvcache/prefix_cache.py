@@ -55,7 +55,7 @@ class PrefixCache:
         return block in self._pending
 
     def publish(self, key: Key, block: int) -> None:
-        """Makes a full block findable, pending. The first block of a key stays: a later one with the same content is not kept."""
+        """Makes a full block findable, pending. Of two blocks with the same content the first one stays."""
         if key in self._block_of:
             return
         assert block not in self._key_of, "a block has two keys"

@@ -25,14 +25,14 @@ class Hypothesis:
         token_ids: The output.
         cumulative_logprob: Raw, in nats.
         logprobs: One entry per token, when asked for.
-        stop_reason: The token id that ended it; None when it reached the length limit.
+        is_stopped: Whether its last token ended it; otherwise it reached the length limit.
     """
 
     score: float
     token_ids: list[int]
     cumulative_logprob: float
     logprobs: list[Logprobs]
-    stop_reason: int | None
+    is_stopped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class BeamSearch:
         return max(2, 1 + len(self.stop_token_ids)) * self.width
 
     def advance(self, beams: ReadOnly[Sequence], samples: ReadOnly[Sample]) -> list[Continuation]:
-        """Takes the most likely continuations of each live beam and returns those that live on, best first; none: it is done."""
+        """Takes the most likely continuations of each live beam; returns those that live on, best first. None: it is done."""
         candidates = (
             Continuation(parent, token_id, beam.score + score, logprob, sample.top_logprobs[i] if sample.top_logprobs else None)
             for parent, (beam, sample) in enumerate(zip(beams, samples, strict=True))
@@ -99,7 +99,7 @@ class BeamSearch:
             token_ids=[*beam.output_token_ids, last.token_id],
             cumulative_logprob=beam.cumulative_logprob + last.logprob,
             logprobs=[] if last.top_logprobs is None else [*beam.logprobs, last.top_logprobs],
-            stop_reason=last.token_id if last.token_id in self.stop_token_ids else None,
+            is_stopped=last.token_id in self.stop_token_ids,
         )
 
     def _cannot_improve(self, best_score: float, num_tokens: int) -> bool:
@@ -110,4 +110,4 @@ class BeamSearch:
         # "never" asks whether any future length could still win; otherwise the present length stands for the future.
         is_bound = self.early_stopping == "never" and self.length_penalty > 0
         length = self.max_tokens if is_bound else num_tokens
-        return best_score / length**self.length_penalty <= self.finished[-1].score
+        return bool(best_score / length**self.length_penalty <= self.finished[-1].score)

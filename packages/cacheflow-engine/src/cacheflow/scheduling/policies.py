@@ -26,7 +26,7 @@ class FCFS:
 
 
 class Priority:
-    """Smaller `priority` first, then by arrival. A steady stream of urgent requests can starve the others: that is its meaning."""
+    """Smaller `priority` first, then by arrival. A steady stream of urgent requests can starve the others."""
 
     CONTRACT_VERSION: ClassVar[int] = 1
 
@@ -46,8 +46,9 @@ class Priority:
 class Fair:
     """Clients take turns: a client's k-th unserved request comes after every other client's (k-1)-th.
 
-    Each request gets the number of a round on arrival: one more than its client's last one, and no less than the round now being
-    served, so that a client that was away gains no credit (start-time fair queueing, Goyal et al., SIGCOMM '96, with one request as the unit).
+    Each request gets the number of a round on arrival: one more than its client's last one, and no less than the round now
+    being served, so that a client that was away gains no credit (start-time fair queueing, Goyal et al., SIGCOMM '96, with one
+    request as the unit).
     """
 
     CONTRACT_VERSION: ClassVar[int] = 1

@@ -99,8 +99,8 @@ class Scheduler:
             raise InvalidRequestError("The prompt is empty: at least one token is needed.", param="prompt")
         if num_prompt_tokens >= self._max_model_len:
             raise InvalidRequestError(
-                f"The prompt has {num_prompt_tokens} tokens; with at least one to generate, at most {self._max_model_len - 1} fit "
-                f"the context of {self._max_model_len} tokens (--max-model-len).",
+                f"The prompt has {num_prompt_tokens} tokens; with at least one to generate, at most "
+                f"{self._max_model_len - 1} fit the context of {self._max_model_len} tokens (--max-model-len).",
                 param="prompt",
             )
         if params.num_sequences > self._max_num_seqs:
@@ -114,8 +114,8 @@ class Scheduler:
         num_blocks = self._most_blocks(num_prompt_tokens, max_tokens, params.num_sequences)
         if num_blocks > self.kv.pool.num_blocks:
             raise InvalidRequestError(
-                f"The request may need {num_blocks} KV blocks of {self.kv.block_size} tokens ({num_prompt_tokens} prompt tokens and "
-                f"{params.num_sequences} × {max_tokens} generated ones), and the KV cache has {self.kv.pool.num_blocks}. "
+                f"The request may need {num_blocks} KV blocks of {self.kv.block_size} tokens ({num_prompt_tokens} prompt tokens "
+                f"and {params.num_sequences} × {max_tokens} generated ones), and the KV cache has {self.kv.pool.num_blocks}. "
                 "Lower max_tokens or n, or give the engine more memory (--kv-cache-memory).",
                 param="max_tokens",
             )
@@ -144,7 +144,7 @@ class Scheduler:
         heapq.heappush(self._waiting, request)
 
     def abort(self, request_id: str, client_id: str = "", index: int | None = None) -> None:
-        """Ends a request, or one sequence of it, without a further update. An unknown one has ended already: nothing happens."""
+        """Ends a request, or one sequence of it, without a further update. An unknown one has ended already."""
         request = self._requests.get((client_id, request_id))
         if request is None:
             return
@@ -163,7 +163,9 @@ class Scheduler:
             request_id=request.source.request_id,
             client_id=request.source.client_id,
             sequences=[
-                SequenceUpdate(index=s.index, new_token_ids=[], cumulative_logprob=s.cumulative_logprob, finish_reason=FINISH_ERROR)
+                SequenceUpdate(
+                    index=s.index, new_token_ids=[], cumulative_logprob=s.cumulative_logprob, finish_reason=FINISH_ERROR
+                )
                 for s in request.sequences
             ],
             finished=True,
@@ -322,7 +324,7 @@ class Scheduler:
         return True
 
     def _preempt_for(self, request: Request) -> bool:
-        """Takes the blocks of the request that the policy misses least, of those not in this step; False if that is `request`."""
+        """Takes the blocks of the policy's victim among the requests not yet in this step; False if that is `request`."""
         scheduled = {id(owner) for owner, _ in self._scheduled.values()}
         candidates = [r for r in self._running if id(r) not in scheduled]
         victim = max(candidates, key=lambda r: (self._policy.victim_key(r.view), r.arrival_index))
@@ -378,10 +380,9 @@ class Scheduler:
         request.num_output_tokens += 1
         self._num_generated_tokens += 1
         finish_reason: str | None = None
-        stop_reason: int | None = None
         num_tokens = len(sequence.output_token_ids)
         if token_id in request.stop_token_ids and num_tokens > request.source.params.min_tokens:
-            finish_reason, stop_reason = FINISH_STOP, token_id
+            finish_reason = FINISH_STOP
         elif num_tokens >= request.max_tokens:
             finish_reason = FINISH_LENGTH
         self._update(request, updates).sequences.append(
@@ -391,7 +392,7 @@ class Scheduler:
                 new_logprobs=sample.top_logprobs,
                 cumulative_logprob=sequence.cumulative_logprob,
                 finish_reason=finish_reason,
-                stop_reason=stop_reason,
+                stop_reason=_stop_reason(request, token_id) if finish_reason == FINISH_STOP else None,
             )
         )
         if finish_reason:
@@ -438,8 +439,8 @@ class Scheduler:
                         new_token_ids=beam.token_ids,
                         new_logprobs=beam.logprobs or None,
                         cumulative_logprob=beam.cumulative_logprob,
-                        finish_reason=FINISH_LENGTH if beam.stop_reason is None else FINISH_STOP,
-                        stop_reason=beam.stop_reason,
+                        finish_reason=FINISH_STOP if beam.is_stopped else FINISH_LENGTH,
+                        stop_reason=_stop_reason(request, beam.token_ids[-1]) if beam.is_stopped else None,
                     )
                 )
             self._finish(request, updates)
@@ -511,3 +512,8 @@ class Scheduler:
         """
         num_shared = num_prompt_tokens // self.kv.block_size
         return num_shared + num_sequences * (self.kv.blocks_for(num_prompt_tokens + max_tokens - 1) - num_shared)
+
+
+def _stop_reason(request: Request, token_id: int) -> int | None:
+    """The id, if the request asked to stop at it; None for an end of text, which needs no naming."""
+    return token_id if token_id in request.source.params.stop_token_ids else None
