@@ -14,6 +14,7 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_users_cache = os.environ.get("CACHEFLOW_CACHE")
 _cache = tempfile.TemporaryDirectory(prefix="cacheflow-tests-")
 os.environ["CACHEFLOW_CACHE"] = _cache.name
 
@@ -31,6 +32,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's GGUF file, which `./run fetch` has put into the user's cache."""
+    from cacheflow.loading.demo import demo_file
+
+    with pytest.MonkeyPatch.context() as patch:
+        if _users_cache is None:
+            patch.delenv("CACHEFLOW_CACHE")
+        else:
+            patch.setenv("CACHEFLOW_CACHE", _users_cache)
+        return demo_file()
 
 
 @pytest.fixture(scope="session")

@@ -129,10 +129,11 @@ def shown_text(llm: LLM, tokens: list[int], stop_ids: set[int]) -> str:
     ids=str,
 )
 def test_tokens_do_not_depend_on_how_they_are_scheduled(llm: LLM, tiny_llama: Path, options: dict[str, Any]) -> None:
-    expected = [token_ids_of(o) for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+    prompts = PROMPTS[-4:]
+    expected = [token_ids_of(o) for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
     with LLM(model=str(tiny_llama), dtype="float32", kv_cache_memory=0.05, **options) as engine:
         for _ in range(2):  # the second time from the prefix cache
-            assert [token_ids_of(o) for o in engine.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
+            assert [token_ids_of(o) for o in engine.generate(prompts, GREEDY, use_tqdm=False)] == expected
 
 
 def test_preempted_requests_give_the_same_tokens(llm: LLM, tiny_llama: Path) -> None:

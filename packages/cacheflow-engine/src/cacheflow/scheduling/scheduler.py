@@ -114,8 +114,8 @@ class Scheduler:
         num_blocks = self._most_blocks(num_prompt_tokens, max_tokens, params.num_sequences)
         if num_blocks > self.kv.pool.num_blocks:
             raise InvalidRequestError(
-                f"The request may need {num_blocks} KV blocks of {self.kv.block_size} tokens ({num_prompt_tokens} prompt tokens "
-                f"and {params.num_sequences} × {max_tokens} generated ones), and the KV cache has {self.kv.pool.num_blocks}. "
+                f"The request may need {num_blocks} KV blocks of {self.kv.block_size} tokens ({num_prompt_tokens} prompt "
+                f"and {params.num_sequences} × {max_tokens} output tokens), and the KV cache has {self.kv.pool.num_blocks}. "
                 "Lower max_tokens or n, or give the engine more memory (--kv-cache-memory).",
                 param="max_tokens",
             )
