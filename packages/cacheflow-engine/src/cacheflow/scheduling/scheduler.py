@@ -71,6 +71,8 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._scheduled: dict[int, tuple[Request, Sequence]] = {}
         self._finished_indices: list[int] = []
+        self._blocked: Request | None = None
+        self._num_available_when_blocked = 0
         self._num_arrivals = 0
         self._num_sequences = 0
         self._num_preemptions = 0
@@ -289,7 +291,7 @@ class Scheduler:
         """Gives waiting requests blocks for all their known tokens, in the policy's order, until one does not fit."""
         if only is not None:
             for request in sorted(r for r in only if self._is_alive(r) and not r.is_running):
-                if not self._open(request):
+                if not self._has_seats(request) or not self._open(request):
                     return
                 self._waiting.remove(request)
                 heapq.heapify(self._waiting)
@@ -297,17 +299,26 @@ class Scheduler:
             return
         while self._waiting and budget > 0:
             request = self._waiting[0]
-            if self._is_alive(request) and not self._open(request):
-                return
+            if self._is_alive(request):
+                # Looking a long prompt up anew in every step would be dear: first more blocks must have become available.
+                if not self._has_seats(request):
+                    return
+                if request is self._blocked and self.kv.pool.num_available <= self._num_available_when_blocked:
+                    return
+                if not self._open(request):
+                    self._blocked, self._num_available_when_blocked = request, self.kv.pool.num_available
+                    return
+                self._blocked = None
             heapq.heappop(self._waiting)
             if request.is_running:
                 yield request
 
+    def _has_seats(self, request: Request) -> bool:
+        num_taken = sum(r.source.params.num_sequences for r in self._running)
+        return num_taken + request.source.params.num_sequences <= self._max_num_seqs
+
     def _open(self, request: Request) -> bool:
-        """Tries to make a request running: seats for its sequences, blocks for all the tokens that the first one has."""
-        num_seats = sum(r.source.params.num_sequences for r in self._running) + request.source.params.num_sequences
-        if num_seats > self._max_num_seqs:
-            return False
+        """Tries to make a request running, with blocks for all the tokens that its first sequence has."""
         watermark = int(WATERMARK * self.kv.pool.num_blocks) if self._running else 0
         first = request.sequences[0]
         self._open_table(request, first)
