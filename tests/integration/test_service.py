@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cacheflow.errors import (
     InvalidRequestError,
     ModelNotFoundError,
 )
+from cacheflow.service import supervisor
 from cacheflow.types import EngineStats, RequestOutput, SamplingParams
 
 PATIENCE_S = 60.0
@@ -287,7 +289,7 @@ def test_a_signal_ends_a_service_in_order(tiny_llama: Path, number: signal.Signa
             with pytest.raises(EngineDeadError):
                 await reading
 
-        with_server(lambda: AsyncLLMServer.connect(service.address), work)
+        with_server(lambda: AsyncLLMServer.connect(service.address, rejoin_timeout_s=0.1), work)
 
 
 def test_a_service_on_a_port_of_this_machine_serves(tiny_opt: Path) -> None:
@@ -318,18 +320,71 @@ def test_off_this_machine_neither_side_goes(tiny_llama: Path) -> None:
 # --- a supervised child ---------------------------------------------------------------------------------------------
 
 
-def test_a_killed_engine_ends_every_stream_with_an_error_and_leaves_nothing(tiny_llama: Path) -> None:
+def test_killing_the_engine_loses_no_token_and_repeats_none(tiny_llama: Path) -> None:
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    work = [
+        ("hello", long),
+        ("San Francisco is a", replace(long, temperature=1.0, seed=3, n=2, frequency_penalty=0.5, logprobs=2)),
+        ("The capital of France", replace(long, n=2, stop=["the"], min_tokens=150)),
+        ("There are 12 months", replace(long, prompt_logprobs=1, max_tokens=300)),
+        ("def add(a, b):", replace(long, n=2, use_beam_search=True, max_tokens=60)),
+    ]
+
+    async def read(server: AsyncLLMServer, prompt: str, params: SamplingParams) -> RequestOutput:
+        seen: dict[int, str] = {}
+        async for output in server.generate(prompt, params):
+            for completion in output.outputs:
+                assert completion.text.startswith(seen.get(completion.index, ""))
+                seen[completion.index] = completion.text
+        return output
+
+    async def main(num_kills: int) -> list[RequestOutput]:
+        config = EngineConfig(model=str(tiny_llama), dtype="float32")
+        async with await AsyncLLMServer.start(config) as server:
+            readers = [asyncio.create_task(read(server, *item)) for item in work]
+            for _ in range(num_kills):
+                await stats_when(server, lambda stats: stats.num_generated_tokens > 60)
+                assert server._process is not None
+                os.kill(server._process._process.pid, signal.SIGKILL)
+                while server.is_ready:
+                    await asyncio.sleep(0.01)
+                while not server.is_ready:
+                    await asyncio.sleep(0.01)
+            outputs = await asyncio.wait_for(asyncio.gather(*readers), PATIENCE_S)
+            assert is_idle(await stats_when(server, is_idle))
+        return outputs
+
+    undisturbed, disturbed = asyncio.run(main(0)), asyncio.run(main(2))
+    for expected, output in zip(undisturbed, disturbed, strict=True):
+        assert [c.text for c in output.outputs] == [c.text for c in expected.outputs]
+        assert [c.token_ids for c in output.outputs] == [c.token_ids for c in expected.outputs]
+        assert [c.finish_reason for c in output.outputs] == [c.finish_reason for c in expected.outputs]
+        for completion, other in zip(output.outputs, expected.outputs, strict=True):
+            assert completion.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-2)
+            assert len(completion.logprobs or []) == len(other.logprobs or [])
+        assert len(output.prompt_logprobs or []) == len(expected.prompt_logprobs or [])
+
+
+def test_an_engine_that_keeps_dying_is_given_up_and_leaves_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", 0.0)
+    monkeypatch.setattr(supervisor, "MAX_DEATHS", 1)
+
     async def main() -> tuple[int, str]:
         server = await AsyncLLMServer.start(EngineConfig(model=str(tiny_llama)))
         process = server._process
         assert process is not None
-        pid = process._process.pid
         readers = [asyncio.create_task(last_output(server, "hello", ENDLESS)) for _ in range(4)]
-        await stats_when(server, lambda stats: stats.num_running == 4)
-        os.kill(pid, signal.SIGKILL)
+        for _ in range(2):
+            await stats_when(server, lambda stats: stats.num_running == 4)
+            pid = process._process.pid
+            os.kill(pid, signal.SIGKILL)
+            while server.is_ready:
+                await asyncio.sleep(0.01)
+            while not server.is_ready and not all(r.done() for r in readers):
+                await asyncio.sleep(0.01)
         results = await asyncio.wait_for(asyncio.gather(*readers, return_exceptions=True), PATIENCE_S)
         assert [type(r) for r in results] == [EngineDeadError] * 4
-        assert not server.is_ready
+        assert "was ended by SIGKILL, 2 times" in str(results[0])
         with pytest.raises(EngineDeadError):
             await server.stats()
         await server.close()

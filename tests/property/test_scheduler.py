@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import EOS, VOCAB_SIZE, SimulatedExecutor, next_scores, next_token
@@ -12,7 +15,7 @@ from cacheflow.errors import InvalidRequestError
 from cacheflow.interfaces import Sample
 from cacheflow.scheduling.beam_search import BeamSearch
 from cacheflow.scheduling.sequence import Sequence
-from cacheflow.types import EngineRequest, RequestUpdate, SamplingParams
+from cacheflow.types import EngineRequest, RequestUpdate, ResumedSequence, SamplingParams
 
 MAX_MODEL_LEN = 96
 
@@ -202,6 +205,61 @@ def test_a_request_that_makes_steps_fail_fails_alone(work: list[tuple[list[int],
     for name in expected.keys() - failed:
         assert [outputs[name][i] for i in sorted(outputs[name])] == expected[name]
     assert core.stats().num_free_blocks + core.stats().num_cached_blocks == 60
+
+
+@settings(max_examples=100, deadline=None)
+@given(work=st.lists(st.tuples(prompts, parameters), min_size=1, max_size=6), num_steps=st.integers(1, 25))
+def test_requests_go_on_in_a_new_engine_where_the_old_one_died(
+    work: list[tuple[list[int], SamplingParams]], num_steps: int
+) -> None:
+    core = make_core(60, 4, 24, 12)
+    sources: dict[str, EngineRequest] = {}
+    outputs: dict[str, dict[int, list[int]]] = {}
+    finished: set[str] = set()
+    ended: set[tuple[str, int]] = set()
+    for number, (prompt, params) in enumerate(work):
+        source = make_request(str(number), prompt, params, arrival=number)
+        if accepted(core, source):
+            sources[str(number)] = source
+    for _ in range(num_steps):
+        updates = core.step()
+        finished |= collect(outputs, updates)
+        ended |= {(u.request_id, s.index) for u in updates for s in u.sequences if s.finish_reason}
+    successor = make_core(60, 4, 24, 12)
+    for name in sources.keys() - finished:
+        resumed = [
+            ResumedSequence(index=i, token_ids=list(tokens), cumulative_logprob=-1.0, is_finished=(name, i) in ended)
+            for i, tokens in outputs.get(name, {}).items()
+        ]
+        successor.add(replace(sources[name], resumed=resumed))
+    for _ in range(4000):
+        if not successor.has_unfinished:
+            break
+        finished |= collect(outputs, successor.step())
+        successor.scheduler.kv.check()
+    assert finished == sources.keys()
+    for name, source in sources.items():
+        expected = expected_outputs(source.prompt_token_ids, source.params)
+        assert [outputs[name][i] for i in sorted(outputs[name])] == expected
+
+
+@pytest.mark.parametrize(
+    "resumed",
+    [
+        [ResumedSequence(index=0, token_ids=[8], cumulative_logprob=0.0)],
+        [ResumedSequence(index=i, token_ids=[8], cumulative_logprob=0.0, is_finished=True) for i in range(2)],
+        [ResumedSequence(index=i, token_ids=[], cumulative_logprob=0.0) for i in range(2)],
+        [ResumedSequence(index=i, token_ids=[8] * 5, cumulative_logprob=0.0) for i in range(2)],
+        [ResumedSequence(index=i, token_ids=[999], cumulative_logprob=0.0) for i in range(2)],
+    ],
+    ids=["one is missing", "all have finished", "no tokens", "no room", "no such id"],
+)
+def test_a_resumed_request_that_does_not_add_up_is_refused(resumed: list[ResumedSequence]) -> None:
+    core = make_core(40, 4, 8, 8)
+    source = make_request("a", [8], SamplingParams(n=2, max_tokens=5, ignore_eos=True))
+    with pytest.raises(InvalidRequestError, match="resumed"):
+        core.add(replace(source, resumed=resumed))
+    assert not core.has_unfinished
 
 
 def test_first_come_is_first_served_under_pressure() -> None:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from cacheflow.config import EngineConfig
 from cacheflow.errors import EngineDeadError, InvalidRequestError, RequestFailedError
-from cacheflow.service.client import EngineClient
+from cacheflow.service.client import REJOIN_TIMEOUT_S, EngineClient
 from cacheflow.service.supervisor import EngineProcess
 from cacheflow.text.assembler import RequestAssembler
 from cacheflow.text.requests import make_request
@@ -41,11 +41,13 @@ class AsyncLLMServer:
         self.tokenizer = Tokenizer(client.model_info.tokenizer, client.model_info.vocab_size)
         self._client = client
         self._process = process
-        self._watch = None if process is None else asyncio.create_task(self._watch_process(process))
+        self._watch = None if process is None else asyncio.create_task(self._keep_alive(process))
 
     @classmethod
     async def start(cls, config: EngineConfig) -> AsyncLLMServer:
         """Starts an engine in a child process and waits until it is ready. The child ends with this process.
+
+        If the child dies, it is started again, and unfinished requests go on where they were.
 
         Raises:
             CacheflowError: The model can't be loaded, for the reasons that `LLM` has.
@@ -64,19 +66,21 @@ class AsyncLLMServer:
             raise
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float = 60.0) -> AsyncLLMServer:
+    async def connect(cls, address: str, timeout_s: float = 60.0, rejoin_timeout_s: float = REJOIN_TIMEOUT_S) -> AsyncLLMServer:
         """Uses an engine that runs elsewhere: `cacheflow engine --listen ADDRESS`.
 
         Args:
             address: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
             timeout_s: How long to wait for an answer. An engine that answers that it is loading is waited for.
+            rejoin_timeout_s: The same, when the engine is lost later. If one answers at its address in that time, unfinished
+                requests go on there; otherwise they get an `EngineDeadError`.
 
         Raises:
             ConfigError: The address is not one, or not on this machine.
             EngineDeadError: Nobody answers, or the two sides speak different versions.
             CacheflowError: The engine could not load its model.
         """
-        client = await EngineClient.connect(address, timeout_s)
+        client = await EngineClient.connect(address, timeout_s, rejoin_timeout_s)
         try:
             return cls(client, None)
         except BaseException:
@@ -179,7 +183,7 @@ class AsyncLLMServer:
                 if output.finished:
                     return  # If stop strings ended it, the engine does not know yet: leaving `updates` tells it.
 
-    async def _watch_process(self, process: EngineProcess) -> None:
-        end = await process.ended()
-        logger.error("%s.", end)
+    async def _keep_alive(self, process: EngineProcess) -> None:
+        end = await process.keep_alive()
+        logger.critical("%s.", end)
         self._client.fail(EngineDeadError(f"{end}."))

@@ -120,7 +120,9 @@ class EngineConfig:
     executor: str = option("auto", "auto, or a name in the cacheflow.executors group.")
     tensor_parallel_size: int = option(1, "Devices that share each layer.", minimum=1, flags=("-tp",))
     pipeline_parallel_size: int = option(1, "Groups of devices that share the layers.", minimum=1, flags=("-pp",))
-    num_threads: int | None = option(None, "CPU threads. Default: the cores that this process may use.", minimum=1)
+    num_threads: int | None = option(
+        None, "CPU threads. Default: OMP_NUM_THREADS, else the cores that this process may use.", minimum=1
+    )
     disable_log_stats: bool = option(False, "No statistics line every 5 seconds.")
     disable_log_requests: bool = option(False, "No log line per request.")
 

@@ -119,6 +119,7 @@ class EngineCore:
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias or ()),
             ("allowed_token_ids", params.allowed_token_ids or ()),
+            *(("resumed", sequence.token_ids) for sequence in request.resumed),
         ):
             if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
                 bad = next(t for t in token_ids if not 0 <= t < vocab_size)

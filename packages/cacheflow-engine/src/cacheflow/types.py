@@ -128,8 +128,6 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words"):
             if getattr(self, name) is None:
                 set_field(self, name, ())
-        if self.best_of is None:
-            set_field(self, "best_of", self.n)
         if self.extra is None:
             set_field(self, "extra", {})
         self._check_counts()
@@ -144,9 +142,8 @@ class SamplingParams:
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences the engine runs: `best_of`."""
-        assert self.best_of is not None
-        return self.best_of
+        """How many sequences the engine runs: `best_of`, else `n`."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def is_greedy(self) -> bool:
@@ -158,8 +155,8 @@ class SamplingParams:
         _check(
             "best_of",
             self.best_of,
-            _is_int(self.best_of) and self.n <= (self.best_of or 0) <= MAX_N,
-            f"a whole number from n ({self.n}) to {MAX_N}",
+            self.best_of is None or (_is_int(self.best_of) and self.n <= self.best_of <= MAX_N),
+            f"None or a whole number from n ({self.n}) to {MAX_N}",
         )
         limit = self.max_tokens
         _check("max_tokens", limit, limit is None or (_is_int(limit) and limit >= 1), "None or a whole number of at least 1")
@@ -229,7 +226,7 @@ class SamplingParams:
         _check("extra", self.extra, valid, f"a mapping of at most {MAX_EXTRA_ENTRIES} names")
 
     def _check_beam_search(self) -> None:
-        _check("best_of", self.best_of, self.num_sequences > 1, "at least 2 with use_beam_search (it is the beam width)")
+        _check("best_of", self.num_sequences, self.num_sequences > 1, "at least 2 with use_beam_search (it is the beam width)")
         _check("temperature", self.temperature, self.temperature == 0, "0 with use_beam_search")
         _check("top_p", self.top_p, self.top_p == 1, "1 with use_beam_search")
         _check("top_k", self.top_k, self.top_k <= 0, "-1 with use_beam_search")
@@ -299,6 +296,23 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumedSequence:
+    """What a client has received of one sequence from an engine that died.
+
+    Attributes:
+        index: The sequence's number within its request.
+        token_ids: Its output so far, at least one token.
+        cumulative_logprob: Sum of the raw log probabilities of `token_ids`, in nats.
+        is_finished: Whether it has ended, or was aborted.
+    """
+
+    index: int
+    token_ids: list[int]
+    cumulative_logprob: float
+    is_finished: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRequest:
     """What a client hands to the engine: token ids and numbers, no text.
 
@@ -310,6 +324,8 @@ class EngineRequest:
         arrival_s: When it arrived, seconds since the epoch; kept when the request is sent again.
         priority: Smaller is sooner, under the `priority` policy.
         cache_salt: Requests share cached blocks only under equal salts.
+        resumed: Empty, or one entry for each of the request's sequences: the engine goes on behind their tokens. Everything
+            that depends on the output (limits, penalties, random numbers) goes on too. Beam search starts again instead.
     """
 
     request_id: str
@@ -319,6 +335,7 @@ class EngineRequest:
     client_id: str = ""
     priority: int = 0
     cache_salt: str = ""
+    resumed: list[ResumedSequence] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

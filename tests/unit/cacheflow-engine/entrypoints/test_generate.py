@@ -45,7 +45,6 @@ def test_a_lines_parameters_stand_beside_the_prompt_or_in_an_object_of_their_own
         {"prompt": "b", "sampling_params": {"n": 2, "logit_bias": {"7": 1.5}}},
         {"prompt_token_ids": [4, 5]},
         temperature=0.25,
-        best_of=1,
     )
     assert one.id == "x"
     assert one.params == SamplingParams(temperature=0.5)

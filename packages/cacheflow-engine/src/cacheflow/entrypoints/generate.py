@@ -177,8 +177,6 @@ def _line_params(entry: dict[str, Any], defaults: Mapping[str, Any]) -> Sampling
     bias = values.get("logit_bias")
     if isinstance(bias, dict) and all(isinstance(key, str) and key.isdecimal() for key in bias):
         values["logit_bias"] = {int(key): value for key, value in bias.items()}  # JSON has no other keys than strings
-    if "n" in values and "best_of" not in values:
-        values["best_of"] = None
     return SamplingParams(**{**defaults, **values})
 
 

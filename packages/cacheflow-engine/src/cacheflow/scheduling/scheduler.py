@@ -122,14 +122,17 @@ class Scheduler:
                 param="max_tokens",
             )
         stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
-        first = Sequence(id=self._num_sequences, index=0, token_ids=list(source.prompt_token_ids))
         request = Request(
             source=source,
             arrival_index=self._num_arrivals,
             max_tokens=max_tokens,
             stop_token_ids=stop_token_ids,
-            sequences=[first],
+            sequences=_resumed_sequences(source, self._num_sequences, max_tokens)
+            or [Sequence(id=self._num_sequences, index=0, token_ids=list(source.prompt_token_ids))],
         )
+        if source.resumed:
+            request.has_forked = True
+            request.num_scored_tokens = num_prompt_tokens
         if params.use_beam_search:
             request.beam = BeamSearch(
                 width=params.num_sequences,
@@ -528,3 +531,29 @@ class Scheduler:
 def _stop_reason(request: Request, token_id: int) -> int | None:
     """The id, if the request asked to stop at it; None for an end of text, which needs no naming."""
     return token_id if token_id in request.source.params.stop_token_ids else None
+
+
+def _resumed_sequences(source: EngineRequest, first_id: int, max_tokens: int) -> list[Sequence]:
+    """The sequences that were running when another engine died, with their outputs."""
+    if not source.resumed:
+        return []
+    resumed = sorted(source.resumed, key=lambda r: r.index)
+    is_whole = [r.index for r in resumed] == list(range(source.params.num_sequences))
+    has_room = all(1 <= len(r.token_ids) < max_tokens for r in resumed if not r.is_finished)
+    if source.params.use_beam_search or not is_whole or not has_room or all(r.is_finished for r in resumed):
+        raise InvalidRequestError(
+            f"resumed must have one entry for each of {source.params.num_sequences} sequences, no beams, at least one of them "
+            f"unfinished with 1 to {max_tokens - 1} tokens.",
+            param="resumed",
+        )
+    return [
+        Sequence(
+            id=first_id + r.index,
+            index=r.index,
+            token_ids=[*source.prompt_token_ids, *r.token_ids],
+            output_token_ids=list(r.token_ids),
+            cumulative_logprob=r.cumulative_logprob,
+        )
+        for r in resumed
+        if not r.is_finished
+    ]

@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import zmq
@@ -21,7 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from cacheflow.errors import CacheflowError, EngineDeadError, InvalidRequestError
 from cacheflow.service import wire
-from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate
+from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate, ResumedSequence
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +29,69 @@ HELLO_INTERVAL_S = 1.0
 """How often an engine that has not answered yet is asked again."""
 LOADING_LOG_INTERVAL_S = 10.0
 """How often waiting for a model that loads is worth a line in the log."""
+REJOIN_TIMEOUT_S = 30.0
+"""How long an engine that was lost may take until it, or another one at its address, answers; loading counts as an answer."""
 GOODBYE_LINGER_MS = 200
 """How long closing waits for the last messages to be taken."""
 
 
 @dataclass
 class _Stream:
-    """What a request's caller waits for.
+    """A request and what its caller waits for.
+
+    It remembers what was received, so that another engine can go on where this one died.
 
     Attributes:
+        request: As it was sent first.
         updates: What has arrived; an exception ends the stream.
         is_left: The caller has gone; the engine has yet to say its last word on the request.
         ended: Set with the last word, after which the request's id is free again.
     """
 
+    request: EngineRequest
     updates: asyncio.Queue[RequestUpdate | CacheflowError] = field(default_factory=asyncio.Queue)
     is_left: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _received: dict[int, ResumedSequence] = field(default_factory=dict)
+    _num_prompt_logprobs: int = 0
+    _num_repeated: int = 0
+
+    def note(self, update: RequestUpdate) -> None:
+        """Remembers an update that is about to be given out, and takes out of it what was given out before."""
+        for sequence in update.sequences:
+            known = self._received.get(sequence.index)
+            token_ids = known.token_ids if known else []
+            token_ids.extend(sequence.new_token_ids)
+            has_ended = sequence.finish_reason is not None or (known is not None and known.is_finished)
+            self._received[sequence.index] = ResumedSequence(
+                index=sequence.index,
+                token_ids=token_ids,
+                cumulative_logprob=sequence.cumulative_logprob,
+                is_finished=has_ended,
+            )
+        if update.new_prompt_logprobs:
+            num_repeated = min(self._num_repeated, len(update.new_prompt_logprobs))
+            self._num_repeated -= num_repeated
+            update.new_prompt_logprobs = update.new_prompt_logprobs[num_repeated:]
+            self._num_prompt_logprobs += len(update.new_prompt_logprobs)
+
+    def note_abort(self, index: int) -> None:
+        """One sequence was aborted: no other engine is to go on with it."""
+        if index in self._received:
+            self._received[index] = replace(self._received[index], is_finished=True)
+
+    def again(self) -> EngineRequest:
+        """The request as another engine is to take it over."""
+        if not self._received:
+            self._num_repeated = self._num_prompt_logprobs
+        return replace(self.request, resumed=[self._received[index] for index in sorted(self._received)])
 
 
 class EngineClient:
     """A connection to an engine process. Made by `connect`, within a running event loop, and to be closed.
+
+    When the engine dies and another one comes up at its address within the stated time, every unfinished request is sent to
+    it with what was received so far, and its stream goes on: nothing is lost, nothing comes twice.
 
     Attributes:
         address: Of the engine.
@@ -57,23 +99,28 @@ class EngineClient:
         model_info: What the engine serves.
     """
 
-    def __init__(self, address: str, client_id: str, connection: _Connection, model_info: ModelInfo) -> None:
+    def __init__(
+        self, address: str, client_id: str, connection: _Connection, model_info: ModelInfo, rejoin_timeout_s: float
+    ) -> None:
         self.address = address
         self.client_id = client_id
         self.model_info = model_info
         self._connection = connection
+        self._is_connected = True
+        self._rejoin_timeout_s = rejoin_timeout_s
         self._streams: dict[str, _Stream] = {}
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._death: EngineDeadError | None = None
-        self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch_connection(), self._keep_lease())]
+        self._task = asyncio.create_task(self._stay_connected())
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float = 60.0) -> EngineClient:
+    async def connect(cls, address: str, timeout_s: float = 60.0, rejoin_timeout_s: float = REJOIN_TIMEOUT_S) -> EngineClient:
         """Connects and waits until the engine is ready.
 
         Args:
             address: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
             timeout_s: How long to wait for an answer. An engine that answers that it is loading is waited for.
+            rejoin_timeout_s: The same, when the connection is lost later.
 
         Raises:
             ConfigError: The address is not one, or not on this machine.
@@ -87,12 +134,12 @@ class EngineClient:
         except BaseException:
             connection.close(linger_ms=0)
             raise
-        return cls(address, client_id, connection, model_info)
+        return cls(address, client_id, connection, model_info, rejoin_timeout_s)
 
     @property
     def is_alive(self) -> bool:
         """Whether the engine is there, as far as is known."""
-        return self._death is None
+        return self._death is None and self._is_connected
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[RequestUpdate, None]:
         """Sends a request and gives its updates, the last one `finished`. Leaving the iterator early aborts the request.
@@ -103,9 +150,10 @@ class EngineClient:
             EngineDeadError: The engine ended or can't be reached.
         """
         data = wire.pack_request(request)
-        stream = await self._open(request.request_id)
+        stream = await self._open(request)
         try:
-            self._connection.send(data)
+            if self._is_connected:  # Otherwise it is sent with the others, once an engine is there again.
+                self._connection.send(data)
             while True:
                 update = await stream.updates.get()
                 if isinstance(update, CacheflowError):
@@ -120,8 +168,15 @@ class EngineClient:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one sequence of it. Its stream gets a last update without sequences. An unknown id is ignored."""
-        if request_id in self._streams and self._death is None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        if index is not None:
+            stream.note_abort(index)
+        if self._is_connected:
             self._connection.send(wire.encode_client_message(wire.Abort(request_id, index)))
+        elif index is None:
+            self._end(request_id, RequestUpdate(request_id=request_id, client_id=self.client_id, sequences=[], finished=True))
 
     async def stats(self) -> EngineStats:
         """A reading of the engine.
@@ -129,27 +184,21 @@ class EngineClient:
         Raises:
             EngineDeadError: The engine ended or can't be reached.
         """
-        if self._death is not None:
-            raise EngineDeadError(str(self._death))
+        if not self.is_alive:
+            raise EngineDeadError(str(self._death or f"The engine at {self.address} is gone; another one is waited for."))
         waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
         self._connection.send(wire.encode_client_message(wire.StatsRequest()))
         return await waiter
 
     def fail(self, error: EngineDeadError) -> None:
-        """Declares the engine dead: everything that waits for it gets the error, now and from now on. The first call counts.
-
-        To lose nothing when an engine comes back, this is where unfinished requests would be kept and sent again.
-        """
+        """Gives the engine up: everything that waits for it gets the error, now and from now on. The first call counts."""
         if self._death is not None:
             return
         self._death = error
         for request_id in list(self._streams):
             self._end(request_id, EngineDeadError(str(error)))
-        while self._stats_waiters:
-            waiter = self._stats_waiters.popleft()
-            if not waiter.done():
-                waiter.set_exception(EngineDeadError(str(error)))
+        self._fail_stats(error)
 
     async def close(self) -> None:
         """Says goodbye, which aborts what is unfinished, and closes the connection. May be called twice."""
@@ -157,12 +206,12 @@ class EngineClient:
         if was_alive:
             self._connection.send(wire.encode_client_message(wire.Goodbye()))
         self.fail(EngineDeadError(f"The connection to the engine at {self.address} was closed."))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
         self._connection.close(linger_ms=GOODBYE_LINGER_MS if was_alive else 0)
 
-    async def _open(self, request_id: str) -> _Stream:
+    async def _open(self, request: EngineRequest) -> _Stream:
+        request_id = request.request_id
         while True:
             if self._death is not None:
                 raise EngineDeadError(str(self._death))
@@ -172,7 +221,7 @@ class EngineClient:
             if not known.is_left:
                 raise InvalidRequestError(f"The request id {request_id!r} is in use.", param="request_id")
             await known.ended.wait()
-        stream = self._streams[request_id] = _Stream()
+        stream = self._streams[request_id] = _Stream(request)
         return stream
 
     def _end(self, request_id: str, last: RequestUpdate | CacheflowError) -> None:
@@ -181,23 +230,84 @@ class EngineClient:
             stream.updates.put_nowait(last)
             stream.ended.set()
 
-    # Background tasks.
+    def _fail_stats(self, error: EngineDeadError) -> None:
+        while self._stats_waiters:
+            waiter = self._stats_waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(EngineDeadError(str(error)))
 
-    async def _receive(self) -> None:
+    # In the background.
+
+    async def _stay_connected(self) -> None:
+        while self._death is None:
+            loss = await self._serve()
+            self._is_connected = False
+            self._connection.close(linger_ms=0)
+            self._fail_stats(loss)
+            if self._death is not None:
+                return
+            logger.warning("%s Waiting up to %g s for one to answer there.", loss, self._rejoin_timeout_s)
+            try:
+                self._connection = await self._rejoin()
+            except CacheflowError as error:
+                self.fail(EngineDeadError(f"{loss} {error}"))
+                return
+            self._is_connected = True
+            self._send_again()
+
+    async def _serve(self) -> EngineDeadError:
+        """Receives and keeps the lease until the connection is lost, and says how that was."""
+        tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch_connection(), self._keep_lease())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _rejoin(self) -> _Connection:
+        connection = _Connection(wire.parse_address(self.address))
+        try:
+            info = await _shake_hands(connection, self.client_id, self.address, self._rejoin_timeout_s)
+            if info != self.model_info:
+                raise EngineDeadError(f"The engine that answers there now serves {info.model!r} with other numbers.")
+        except BaseException:
+            connection.close(linger_ms=0)
+            raise
+        return connection
+
+    def _send_again(self) -> None:
+        for request_id, stream in list(self._streams.items()):
+            if stream.is_left:
+                self._end(request_id, RequestUpdate(request_id=request_id, sequences=[], finished=True))
+            else:
+                self._connection.send(wire.pack_request(stream.again(), is_again=True))
+        logger.warning("The engine at %s is back; %d requests go on.", self.address, len(self._streams))
+
+    async def _receive(self) -> EngineDeadError:
         try:
             while True:
-                self._handle(wire.decode_engine_message(await self._connection.receive()))
+                loss = self._handle(wire.decode_engine_message(await self._connection.receive()))
+                if loss is not None:
+                    return loss
         except wire.MalformedMessageError as error:
             self.fail(EngineDeadError(f"The engine at {self.address} sent what can't be read: {error}"))
+            return EngineDeadError(str(error))
         except zmq.ZMQError as error:
-            self.fail(EngineDeadError(f"The connection to the engine at {self.address} failed: {error}"))
+            return EngineDeadError(f"The connection to the engine at {self.address} failed: {error}.")
 
-    def _handle(self, message: wire.EngineMessage) -> None:
+    def _handle(self, message: wire.EngineMessage) -> EngineDeadError | None:
+        """Hands a message to whom it concerns; returns why the connection is lost, if it says so."""
         if isinstance(message, wire.Updates):
             for update in message.updates:
+                stream = self._streams.get(update.request_id)
+                if stream is None:
+                    continue
+                stream.note(update)
                 if update.finished:
                     self._end(update.request_id, update)
-                elif (stream := self._streams.get(update.request_id)) is not None:
+                else:
                     stream.updates.put_nowait(update)
         elif isinstance(message, wire.Refused):
             self._end(message.request_id, message.exception())
@@ -206,23 +316,22 @@ class EngineClient:
             if waiter is not None and not waiter.done():
                 waiter.set_result(message.stats)
         elif isinstance(message, wire.Unknown):
-            self.fail(
-                EngineDeadError(
-                    f"The engine at {self.address} does not know this client any more: it was restarted, or had no sign of "
-                    f"life from here for {wire.LEASE_S:.0f} s."
-                )
+            return EngineDeadError(
+                f"The engine at {self.address} does not know this client any more: it was restarted, or had no sign of "
+                f"life from here for {wire.LEASE_S:.0f} s."
             )
         # What is left belongs to the handshake, such as the answer to a `Hello` that was sent twice.
+        return None
 
-    async def _watch_connection(self) -> None:
+    async def _watch_connection(self) -> EngineDeadError:
         await self._connection.lost()
         # What arrived before the end is read first: it may hold the last updates of some requests.
         for message in self._connection.receive_rest():
             with contextlib.suppress(wire.MalformedMessageError):
                 self._handle(wire.decode_engine_message(message))
-        self.fail(EngineDeadError(f"The engine at {self.address} is gone: its end of the connection closed."))
+        return EngineDeadError(f"The engine at {self.address} is gone: its end of the connection closed.")
 
-    async def _keep_lease(self) -> None:
+    async def _keep_lease(self) -> EngineDeadError:
         while True:
             await asyncio.sleep(wire.PING_INTERVAL_S)
             self._connection.send(wire.encode_client_message(wire.Ping()))

@@ -216,7 +216,7 @@ class Host:
         try:
             request = wire.unpack_request(message)
             num_waiting = self._core.stats().num_waiting
-            if num_waiting >= MAX_WAITING_REQUESTS:
+            if num_waiting >= MAX_WAITING_REQUESTS and not message.is_again:
                 error = f"The engine is full: {num_waiting} requests wait already. Try again later."
                 refused = wire.Refused(message.request_id, error, retry_after_s=1.0)
             else:

@@ -1,4 +1,4 @@
-"""Runs an engine in a child process: starts it, waits until it serves, sees to its end.
+"""Runs an engine in a child process: starts it, waits until it serves, starts it anew when it dies, sees to its end.
 
 It owns the process and the private folder of its socket. It knows no request; the client of the child is an ordinary
 `EngineClient`.
@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 
 import msgspec
 
@@ -27,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 5.0
 """How long a child may take to end after SIGTERM, before it is killed."""
+STABLE_S = 60.0
+"""An engine that has run for so long did not die of what killed the one before it."""
+MAX_DEATHS = 3
+"""How many times in a row an engine is started again."""
+BACK_OFF_S = 1.0
+"""How long to wait before the second start in a row; before the first there is no wait, before the third three times this."""
 LAST_WORD_S = 1.0
 """How long after a child's end its last message may still be on its way."""
 
@@ -38,23 +45,29 @@ class EngineProcess:
         address: Of its socket, in a folder that only this user can enter.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: str, address: str) -> None:
-        self.address = address
-        self._process = process
+    def __init__(self, config: EngineConfig, folder: str) -> None:
+        self.address = f"ipc://{folder}/engine.sock"
+        self._config = config
         self._folder = folder
+        self._process: asyncio.subprocess.Process
 
     @classmethod
     async def start(cls, config: EngineConfig) -> EngineProcess:
         """Starts the process; `connect` waits until it is ready."""
         folder = tempfile.mkdtemp(prefix="cacheflow-")
+        if len(os.fsencode(folder)) > wire.MAX_IPC_PATH_BYTES - len("/engine.sock"):
+            os.rmdir(folder)
+            folder = tempfile.mkdtemp(prefix="cacheflow-", dir="/tmp")
+        self = cls(config, folder)
+        await self._spawn()
+        return self
+
+    async def _spawn(self) -> None:
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)  # An engine that ends in order removes it.
         try:
-            if len(os.fsencode(folder)) > wire.MAX_IPC_PATH_BYTES - len("/engine.sock"):
-                os.rmdir(folder)
-                folder = tempfile.mkdtemp(prefix="cacheflow-", dir="/tmp")
-            address = f"ipc://{folder}/engine.sock"
             # Without -P the current folder comes first on the path, and a file there may be called like a module.
             safe_path = ["-P"] if sys.version_info >= (3, 11) else []
-            process = await asyncio.create_subprocess_exec(
+            self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *safe_path,
                 "-m",
@@ -64,19 +77,17 @@ class EngineProcess:
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the child in order.
             )
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        self = cls(process, folder, address)
-        startup = Startup(address, config, logging.getLogger("cacheflow").getEffectiveLevel())
-        assert process.stdin is not None
+        startup = Startup(self.address, self._config, logging.getLogger("cacheflow").getEffectiveLevel())
+        assert self._process.stdin is not None
         try:
             with contextlib.suppress(ConnectionError):  # It has ended already, which `connect` tells.
-                process.stdin.write(msgspec.json.encode(startup) + b"\n")
-                await process.stdin.drain()
+                self._process.stdin.write(msgspec.json.encode(startup) + b"\n")
+                await self._process.stdin.drain()
         except BaseException:
             await self.close()
             raise
-        return self
 
     async def connect(self) -> EngineClient:
         """Waits until the engine is ready, as long as its process lives.
@@ -104,6 +115,20 @@ class EngineProcess:
         code = await self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"The engine process {self._process.pid} {how}"
+
+    async def keep_alive(self) -> str:
+        """Starts the process anew, at the same address, whenever it ends; returns when that is hopeless, saying why."""
+        num_deaths = 0
+        while True:
+            started_s = time.monotonic()
+            end = await self.ended()
+            num_deaths = 1 if time.monotonic() - started_s > STABLE_S else num_deaths + 1
+            if num_deaths > MAX_DEATHS:
+                return f"{end}, {num_deaths} times in a row within {STABLE_S:.0f} s of its start"
+            delay_s = BACK_OFF_S * (2 ** (num_deaths - 1) - 1)
+            logger.error("%s. It is started again in %g s.", end, delay_s)
+            await asyncio.sleep(delay_s)
+            await self._spawn()
 
     async def close(self) -> None:
         """Ends the process: SIGTERM, and after `END_TIMEOUT_S` SIGKILL. May be called twice."""

@@ -66,10 +66,17 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """A request. It is packed within the message, so that one that can't be read can still be refused by its id."""
+    """A request. It is packed within the message, so that one that can't be read can still be refused by its id.
+
+    Attributes:
+        request_id: Its id.
+        request: The packed `EngineRequest`.
+        is_again: It was accepted before, by an engine that died: a full waiting room is no reason to lose it.
+    """
 
     request_id: str
     request: msgspec.Raw
+    is_again: bool = False
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -236,7 +243,7 @@ def decode_engine_message(data: bytes) -> EngineMessage:
     return message
 
 
-def pack_request(request: EngineRequest) -> bytes:
+def pack_request(request: EngineRequest, *, is_again: bool = False) -> bytes:
     """A request as an encoded `Submit`.
 
     Raises:
@@ -244,7 +251,7 @@ def pack_request(request: EngineRequest) -> bytes:
     """
     _check_plain(request.params.extra, "extra")
     try:
-        data = _encoder.encode(Submit(request.request_id, msgspec.Raw(_encoder.encode(request))))
+        data = _encoder.encode(Submit(request.request_id, msgspec.Raw(_encoder.encode(request)), is_again))
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError(f"The request can't be sent to the engine: {error}.") from error
     if len(data) > MAX_CLIENT_MESSAGE_BYTES:

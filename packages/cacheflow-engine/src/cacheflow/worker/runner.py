@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,8 @@ class Runner:
 
     def __init__(self, config: EngineConfig) -> None:
         device = choose_device(config.device)
-        num_threads = config.num_threads or num_usable_cpus()
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
+        if config.num_threads or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(config.num_threads or num_usable_cpus())
         files = resolve_model(config)
         dtype = choose_dtype(config.dtype, files.hf_config, device)
         ops: Any = select_plugin("cacheflow.op_providers", config.op_provider, OpSpec(dtype=dtype, device=device))[1]
