@@ -26,6 +26,7 @@ from cacheflow.errors import (
     EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
+    RequestFailedError,
 )
 from cacheflow.service import supervisor
 from cacheflow.types import EngineStats, RequestOutput, SamplingParams
@@ -363,6 +364,53 @@ def test_killing_the_engine_loses_no_token_and_repeats_none(tiny_llama: Path) ->
             assert completion.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-2)
             assert len(completion.logprobs or []) == len(other.logprobs or [])
         assert len(output.prompt_logprobs or []) == len(expected.prompt_logprobs or [])
+
+
+DEADLY = """
+import os, signal
+
+class Deadly:
+    CONTRACT_VERSION = 1
+    priority = 0
+    argmax_invariant = False
+
+    @classmethod
+    def from_params(cls, params, context):
+        return cls() if params.extra.get("deadly") else None
+
+    @classmethod
+    def apply(cls, logits, rows):
+        if any(len(row.output_token_ids) == 3 for row in rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A logits processor that kills its process."""
+
+
+def install(folder: Path, name: str, code: str, group: str, value: str) -> None:
+    """Puts a distribution with one plugin into a folder of the Python path."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {name}:{value}\n")
+
+
+def test_a_request_that_kills_its_engine_fails_alone(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "deadly", DEADLY, "cacheflow.logits_processors", "Deadly")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", 0.0)
+    long = replace(GREEDY, max_tokens=300)
+    prompts = ["hello", "San Francisco is a", "The capital of France"]
+
+    async def main(is_disturbed: bool) -> list[list[int]]:
+        async with await AsyncLLMServer.start(EngineConfig(model=str(tiny_llama), dtype="float32")) as server:
+            readers = [asyncio.create_task(last_output(server, prompt, long)) for prompt in prompts]
+            if is_disturbed:
+                with pytest.raises(RequestFailedError, match="died 3 times while it ran this request"):
+                    await last_output(server, "The future", replace(long, extra={"deadly": True}))
+            return [o.outputs[0].token_ids for o in await asyncio.gather(*readers)]
+
+    assert asyncio.run(main(True)) == asyncio.run(main(False))
 
 
 def test_an_engine_that_keeps_dying_is_given_up_and_leaves_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ It knows requests as token ids and steps as values; text, processes and clients 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cacheflow.config import EngineConfig
@@ -30,6 +32,7 @@ class EngineCore:
     Attributes:
         info: What clients need to know of the model.
         scheduler: Owner of all requests and block tables.
+        on_step: Called with the requests of each step before it runs: a record of what was running if it ends the process.
 
     Raises:
         CacheflowError: The model can't be loaded or the KV cache finds no room.
@@ -52,21 +55,29 @@ class EngineCore:
             eos_token_ids=capacity.info.tokenizer.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
         )
+        self.on_step: Callable[[Iterable[EngineRequest]], None] | None = None
         self._suspects: list[list[Request]] = []
+        self._alone: deque[Request] = deque()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return self.scheduler.has_unfinished
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, *, is_alone: bool = False) -> None:
         """Accepts a request.
+
+        Args:
+            request: It.
+            is_alone: Until it has ended, steps hold nothing else: it is suspected of killing the process.
 
         Raises:
             InvalidRequestError: It can never be served; the message has the numbers.
         """
         self._check_token_ids(request)
-        self.scheduler.add(request)
+        accepted = self.scheduler.add(request)
+        if is_alone:
+            self._alone.append(accepted)
 
     def abort(self, request_id: str, client_id: str = "", index: int | None = None) -> None:
         """Ends a request, or its sequence `index`; its blocks are free before the next step. No update follows."""
@@ -78,11 +89,13 @@ class EngineCore:
         Raises:
             EngineDeadError: A worker is gone.
         """
-        step = self.scheduler.schedule(only=self._suspects[-1] if self._suspects else None)
+        step = self.scheduler.schedule(only=self._next_suspects())
         if step is None:
             # All the suspects have ended, or there is nothing to do.
             del self._suspects[-1:]
             return []
+        if self.on_step is not None:
+            self.on_step(self.scheduler.scheduled())
         try:
             output: StepOutput = self._executor.submit(step).result()
         except EngineDeadError:
@@ -99,6 +112,13 @@ class EngineCore:
     def close(self) -> None:
         """Frees the model and the KV cache. May be called twice."""
         self._executor.close()
+
+    def _next_suspects(self) -> list[Request] | None:
+        if self._suspects:
+            return self._suspects[-1]
+        while self._alone and not self.scheduler.is_alive(self._alone[0]):
+            self._alone.popleft()
+        return [self._alone[0]] if self._alone else None
 
     def _step_failed(self, error: Exception) -> list[RequestUpdate]:
         """Nothing of the step counts. Its requests run again in halves, until the culprit is alone, and fails."""

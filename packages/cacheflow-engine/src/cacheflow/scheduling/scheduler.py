@@ -88,7 +88,15 @@ class Scheduler:
         """Whether any request is left."""
         return bool(self._requests)
 
-    def add(self, source: EngineRequest) -> None:
+    def is_alive(self, request: Request) -> bool:
+        """Whether it has not ended."""
+        return self._requests.get((request.source.client_id, request.source.request_id)) is request
+
+    def scheduled(self) -> Iterator[EngineRequest]:
+        """The requests of the step that was made and not yet ended; one with several sequences may come several times."""
+        return (request.source for request, _ in self._scheduled.values())
+
+    def add(self, source: EngineRequest) -> Request:
         """Accepts a request, or refuses at once what can never be served.
 
         Raises:
@@ -147,6 +155,7 @@ class Scheduler:
         request.key = self._policy.key(request.view)
         self._requests[source.client_id, source.request_id] = request
         heapq.heappush(self._waiting, request)
+        return request
 
     def abort(self, request_id: str, client_id: str = "", index: int | None = None) -> None:
         """Ends a request, or one sequence of it, without a further update. An unknown one has ended already."""
@@ -162,7 +171,7 @@ class Scheduler:
 
     def fail(self, request: Request, error: str, *, is_invalid: bool) -> RequestUpdate:
         """Ends a request with an error."""
-        if self._is_alive(request):
+        if self.is_alive(request):
             self._end_request(request)
         return RequestUpdate(
             request_id=request.source.request_id,
@@ -293,7 +302,7 @@ class Scheduler:
     def _admit(self, budget: int, only: Collection[Request] | None) -> Iterator[Request]:
         """Gives waiting requests blocks for all their known tokens, in the policy's order, until one does not fit."""
         if only is not None:
-            for request in sorted(r for r in only if self._is_alive(r) and not r.is_running):
+            for request in sorted(r for r in only if self.is_alive(r) and not r.is_running):
                 if not self._has_seats(request) or not self._open(request):
                     return
                 self._waiting.remove(request)
@@ -302,7 +311,7 @@ class Scheduler:
             return
         while self._waiting and budget > 0:
             request = self._waiting[0]
-            if self._is_alive(request):
+            if self.is_alive(request):
                 # Looking a long prompt up anew in every step would be dear: first more blocks must have become available.
                 if not self._has_seats(request):
                     return
@@ -515,9 +524,6 @@ class Scheduler:
         if sequence.id in self.kv.tables:
             self.kv.close(sequence.id)
         sequence.num_computed_tokens = 0
-
-    def _is_alive(self, request: Request) -> bool:
-        return self._requests.get((request.source.client_id, request.source.request_id)) is request
 
     def _most_blocks(self, num_prompt_tokens: int, max_tokens: int, num_sequences: int) -> int:
         """Blocks that a request may hold at the end: full prompt blocks are shared, the rest is each sequence's own.

@@ -29,6 +29,7 @@ import zmq
 from cacheflow.config import EngineConfig
 from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError, InvalidRequestError
 from cacheflow.service import wire
+from cacheflow.service.journal import StepJournal, journal_path
 from cacheflow.types import EngineStats, RequestUpdate
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ MAX_WAITING_REQUESTS = 4096
 """Requests that may wait for their first turn; more are refused until there is room."""
 MAX_MESSAGES_PER_STEP = 1024
 """So that a flood of messages can't keep the engine from its steps."""
+MAX_DEATHS = 2
+"""A request that was in the running step of so many deaths of the engine runs alone; after one more it fails."""
 MAX_FAILED_STEPS = 3
 """After this many steps in a row that failed through no request's fault, the process ends."""
 SEND_QUEUE_LENGTH = 4096
@@ -76,10 +79,17 @@ class Host:
         socket: A bound ROUTER socket, made by `bind`.
         log_stats: Write a line of statistics every 5 seconds while there is work.
         log_requests: Write a line for every request.
+        journal: Records each step's requests, and knows those of an earlier engine's last one.
     """
 
     def __init__(
-        self, core: EngineCore, socket: zmq.Socket[bytes], *, log_stats: bool = True, log_requests: bool = True
+        self,
+        core: EngineCore,
+        socket: zmq.Socket[bytes],
+        *,
+        log_stats: bool = True,
+        log_requests: bool = True,
+        journal: StepJournal | None = None,
     ) -> None:
         self._core = core
         self._socket = socket
@@ -88,6 +98,9 @@ class Host:
         self._by_client_id: dict[str, _Client] = {}
         self._welcome = wire.encode_engine_message(wire.Welcome(wire.PROTOCOL_VERSION, core.info))
         self._num_failed_steps = 0
+        self._num_deaths = journal.num_deaths if journal is not None else {}
+        if journal is not None:
+            core.on_step = journal.write
         self._stats_log = _StatsLog(core) if log_stats else None
 
     def run(self) -> None:
@@ -216,13 +229,18 @@ class Host:
         try:
             request = wire.unpack_request(message)
             num_waiting = self._core.stats().num_waiting
-            if num_waiting >= MAX_WAITING_REQUESTS and not message.is_again:
+            num_deaths = self._num_deaths.get((client.client_id, message.request_id), 0) if message.is_again else 0
+            if num_deaths > MAX_DEATHS:
+                error = f"The engine died {num_deaths} times while it ran this request, the last time alone."
+                refused = wire.Refused(message.request_id, error)
+            elif num_waiting >= MAX_WAITING_REQUESTS and not message.is_again:
                 error = f"The engine is full: {num_waiting} requests wait already. Try again later."
                 refused = wire.Refused(message.request_id, error, retry_after_s=1.0)
             else:
                 # The identity of a client is not the request's to say, and a time that is none would upset the order.
                 arrival_s = request.arrival_s if math.isfinite(request.arrival_s) else time.time()
-                self._core.add(replace(request, client_id=client.client_id, arrival_s=arrival_s))
+                request = replace(request, client_id=client.client_id, arrival_s=arrival_s)
+                self._core.add(request, is_alone=num_deaths == MAX_DEATHS)
         except InvalidRequestError as error:
             refused = wire.Refused(message.request_id, str(error), is_invalid=True, param=error.param)
         except Exception as error:
@@ -387,7 +405,14 @@ def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) ->
         try:
             core = _load(config)
             cleanup.callback(core.close)
-            host = Host(core, socket, log_stats=not config.disable_log_stats, log_requests=not config.disable_log_requests)
+            journal = StepJournal(journal_path(wire.parse_address(address)))
+            host = Host(
+                core,
+                socket,
+                log_stats=not config.disable_log_stats,
+                log_requests=not config.disable_log_requests,
+                journal=journal,
+            )
         except Exception as error:
             reception.close()
             reception.tell(wire.LoadFailed(type(error).__name__, str(error)), is_supervised)
@@ -396,7 +421,11 @@ def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) ->
             reception.close()
         logger.info("Serving %s at %s.", core.info.model, socket.getsockopt_string(zmq.LAST_ENDPOINT))
         host.greet(reception.identities)
-        host.run()
+        try:
+            host.run()
+        except SystemExit:
+            journal.close()
+            raise
 
 
 def _load(config: EngineConfig) -> EngineCore:
