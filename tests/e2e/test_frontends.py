@@ -176,7 +176,8 @@ def test_the_simple_clients_example_runs(simple_url: str) -> None:
 def test_the_current_openai_package_is_served(openai_url: str) -> None:
     printed = run_client("openai-current", "openai_client.py", "--base-url", f"{openai_url}/v1", "--model", MODEL)
     assert f"Models: ['{MODEL}']" in printed
-    assert "completion_tokens=64" in printed
+    assert "Completion 1 (" in printed
+    assert "Usage: CompletionUsage(completion_tokens=" in printed
     assert "Beam 3:" in printed
 
 

@@ -524,6 +524,7 @@ def main() -> None:
     except CacheflowError as error:
         raise SystemExit(1) from error  # The client was told, and the parent raises it.
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # It is ending already.
         shutil.rmtree(os.path.dirname(startup.address.removeprefix("ipc://")), ignore_errors=True)
 
 
