@@ -6,11 +6,13 @@ written in plain torch in `reference`; `registry` says which implementations thi
 
 from __future__ import annotations
 
+from cacheflow_kernels import library as _library  # noqa: F401 (it registers the operations with torch)
 from cacheflow_kernels.ops import (
     copy_blocks,
     fused_add_rms_norm,
     gelu_and_mul,
     layer_norm,
+    linear,
     paged_attention,
     rms_norm,
     rotary,
@@ -24,6 +26,7 @@ __all__ = [
     "fused_add_rms_norm",
     "gelu_and_mul",
     "layer_norm",
+    "linear",
     "paged_attention",
     "rms_norm",
     "rotary",

@@ -6,16 +6,26 @@ one device and contiguous in the last axis. What the results mean is written in 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cacheflow_kernels import reference
+from cacheflow_kernels import reference, triton
+from cacheflow_kernels.cpu import attention as cpu_attention
+from cacheflow_kernels.cpu import linear as cpu_linear
+from cacheflow_kernels.cpu import rows as cpu_rows
+from cacheflow_kernels.cuda import attention as cuda_attention
+from cacheflow_kernels.cuda import blocks as cuda_blocks
+from cacheflow_kernels.cuda import rows as cuda_rows
 from cacheflow_kernels.registry import Implementation, Registry
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IS_DEBUG = os.environ.get("CACHEFLOW_DEBUG") == "1"
+"""Whether block numbers are checked, too. On a GPU each check waits for it."""
 
 
 def _any_float(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -35,9 +45,38 @@ def _build_registry() -> Registry:
         reference.rotary,
         reference.silu_and_mul,
         reference.gelu_and_mul,
+        reference.linear,
     )
     for function in plain:
         registry.add(function.__name__, Implementation("reference", function, _any_float, priority=0))
+    compiled: tuple[Callable[..., Any], ...] = (
+        cpu_attention.paged_attention,
+        cpu_attention.store_kv,
+        cpu_attention.copy_blocks,
+        cpu_rows.rms_norm,
+        cpu_rows.fused_add_rms_norm,
+        cpu_rows.layer_norm,
+        cpu_rows.rotary,
+        cpu_rows.silu_and_mul,
+        cpu_rows.gelu_and_mul,
+    )
+    for function in compiled:
+        registry.add(function.__name__, Implementation("cpu", function, cpu_attention.supports, priority=10))
+    registry.add("linear", Implementation("cpu", cpu_linear.linear, cpu_linear.supports, priority=10))
+    for op in triton.OPS:
+        registry.add(op, Implementation("triton", triton.function(op), triton.reasons, priority=20))
+    registry.add("paged_attention", Implementation("cuda", cuda_attention.paged_attention, cuda_attention.reasons, priority=30))
+    for function in (cuda_blocks.store_kv, cuda_blocks.copy_blocks, cuda_blocks.swap_blocks):
+        registry.add(function.__name__, Implementation("cuda", function, cuda_blocks.reasons, priority=30))
+    in_rows: tuple[Callable[..., Any], ...] = (
+        cuda_rows.rms_norm,
+        cuda_rows.fused_add_rms_norm,
+        cuda_rows.rotary,
+        cuda_rows.silu_and_mul,
+        cuda_rows.gelu_and_mul,
+    )
+    for function in in_rows:
+        registry.add(function.__name__, Implementation("cuda", function, cuda_rows.reasons, priority=30))
     return registry
 
 
@@ -46,12 +85,46 @@ REGISTRY = _build_registry()
 
 
 def _select(op: str, implementation: str, tensor: Tensor) -> Callable[..., Any]:
+    """The implementation; while torch traces, or for tensors without data, the operation that `library` registers."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return partial(getattr(torch.ops.cacheflow, op), implementation=implementation)
     return REGISTRY.select(op, implementation, tensor.device, tensor.dtype)
 
 
 def _require(valid: bool, name: str, tensor: Tensor, wanted: str) -> None:
     if not valid:
         raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)} {tensor.dtype} on {tensor.device}.")
+
+
+def _require_together(device: torch.device, **tensors: Tensor | None) -> None:
+    """All must be on `device` and contiguous in the last axis."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like the other arguments, got {tensor.device}.")
+        if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            strides = list(tensor.stride())
+            raise ValueError(f"{name} must be contiguous in its last axis, got {list(tensor.shape)} with strides {strides}.")
+
+
+def _require_range(name: str, numbers: Tensor, end: int, what: str) -> None:
+    """In debug mode: all must be below `end` and not negative."""
+    outside = numbers[(numbers < 0) | (numbers >= end)]
+    if outside.numel():
+        raise ValueError(f"{name} must hold {what} from 0 to {end - 1}, got {outside.flatten()[:8].tolist()}.")
+
+
+def _require_known_blocks(k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> None:
+    """In debug mode: every position of every sequence must have a block that the cache has."""
+    num_blocks, _, block_size, _ = k_cache.shape
+    width = block_tables.shape[1]
+    _require_range("seq_lens", seq_lens, width * block_size + 1, f"lengths that fit into {width} blocks of {block_size},")
+    starts = query_start_loc.tolist()
+    if starts[0] != 0 or starts != sorted(starts):
+        raise ValueError(f"query_start_loc must begin with 0 and not fall, got {starts}.")
+    is_used = torch.arange(width, device=seq_lens.device) * block_size < seq_lens[:, None]
+    _require_range("block_tables", block_tables[is_used], num_blocks, "block numbers")
 
 
 def _require_row_weight(name: str, weight: Tensor, x: Tensor) -> None:
@@ -121,6 +194,18 @@ def paged_attention(
         _require(alibi_slopes.shape == q.shape[1:2], "alibi_slopes", alibi_slopes, f"[{q.shape[1]}]")
     if window is not None and window < 1:
         raise ValueError(f"window must be None or at least 1, got {window}.")
+    _require_together(
+        q.device,
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        alibi_slopes=alibi_slopes,
+    )
+    if IS_DEBUG:
+        _require_known_blocks(k_cache, block_tables, seq_lens, query_start_loc)
     scale = head_size**-0.5 if scale is None else scale
     function = _select("paged_attention", implementation, q)
     out: Tensor = function(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, alibi_slopes, soft_cap)
@@ -150,6 +235,10 @@ def store_kv(
     _require(v.shape == k.shape and v.dtype == k.dtype, "v", v, f"like k, {list(k.shape)} {k.dtype}")
     valid = slot_mapping.shape == k.shape[:1] and slot_mapping.dtype == torch.int64
     _require(valid, "slot_mapping", slot_mapping, f"[{k.shape[0]}] int64")
+    _require_together(k.device, k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
+    if IS_DEBUG:
+        num_slots = k_cache.shape[0] * k_cache.shape[2]
+        _require_range("slot_mapping", slot_mapping[slot_mapping >= 0], num_slots, "slots")
     _select("store_kv", implementation, k)(k, v, k_cache, v_cache, slot_mapping)
 
 
@@ -165,6 +254,9 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Tensor, *, implementation: str 
         ValueError: `pairs` has the wrong shape or dtype.
     """
     _require_pairs(pairs)
+    if IS_DEBUG:
+        for cache in caches:
+            _require_range("pairs", pairs, cache.shape[0], "block numbers")
     if caches:
         _select("copy_blocks", implementation, caches[0])(caches, pairs)
 
@@ -184,7 +276,11 @@ def swap_blocks(source: Tensor, destination: Tensor, pairs: Tensor, *, implement
     _require_pairs(pairs)
     alike = destination.shape[1:] == source.shape[1:] and destination.dtype == source.dtype
     _require(alike, "destination", destination, f"[num_blocks, *{list(source.shape[1:])}] {source.dtype}")
-    _select("swap_blocks", implementation, source)(source, destination, pairs)
+    if IS_DEBUG:
+        for column, cache in enumerate((source, destination)):
+            _require_range("pairs", pairs[:, column], cache.shape[0], "block numbers")
+    # Either may be on the host, while the other's device does the work.
+    _select("swap_blocks", implementation, destination if source.device.type == "cpu" else source)(source, destination, pairs)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, implementation: str = "auto") -> Tensor:
@@ -197,6 +293,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, implementation: st
         implementation: "auto" or a name.
     """
     _require_row_weight("weight", weight, x)
+    _require_together(x.device, x=x, weight=weight)
     out: Tensor = _select("rms_norm", implementation, x)(x, weight, eps)
     return out
 
@@ -215,6 +312,7 @@ def fused_add_rms_norm(
     """
     _require_row_weight("weight", weight, x)
     _require(residual.shape == x.shape and residual.dtype == x.dtype, "residual", residual, f"{list(x.shape)} {x.dtype}")
+    _require_together(x.device, x=x, residual=residual, weight=weight)
     out: tuple[Tensor, Tensor] = _select("fused_add_rms_norm", implementation, x)(x, residual, weight, eps)
     return out
 
@@ -234,6 +332,7 @@ def layer_norm(
     _require_row_weight("weight", weight, x)
     if bias is not None:
         _require_row_weight("bias", bias, x)
+    _require_together(x.device, x=x, weight=weight, bias=bias)
     out: Tensor = _select("layer_norm", implementation, x)(x, weight, bias, eps)
     return out
 
@@ -269,6 +368,7 @@ def rotary(
         _require(valid, name, x, f"[{positions.shape[0]}, a multiple of {head_size}]")
     valid = cos_sin.ndim == 2 and cos_sin.shape[1] % 2 == 0 and cos_sin.shape[1] <= head_size
     _require(valid, "cos_sin", cos_sin, f"[max_positions, an even size up to {head_size}]")
+    _require_together(q.device, q=q, k=k, positions=positions, cos_sin=cos_sin)
     out: tuple[Tensor, Tensor] = _select("rotary", implementation, q)(q, k, positions, cos_sin, head_size, is_neox)
     return out
 
@@ -276,6 +376,7 @@ def rotary(
 def silu_and_mul(x: Tensor, *, implementation: str = "auto") -> Tensor:
     """`[..., 2 * size]` → `silu(x[..., :size]) * x[..., size:]`."""
     _require(x.shape[-1] % 2 == 0, "x", x, "[..., an even size]")
+    _require_together(x.device, x=x)
     out: Tensor = _select("silu_and_mul", implementation, x)(x)
     return out
 
@@ -285,5 +386,53 @@ def gelu_and_mul(x: Tensor, *, approximate: str = "none", implementation: str = 
     _require(x.shape[-1] % 2 == 0, "x", x, "[..., an even size]")
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}.')
+    _require_together(x.device, x=x)
     out: Tensor = _select("gelu_and_mul", implementation, x)(x, approximate)
     return out
+
+
+LINEAR_FORMS = ("plain", "int8", "int4", "int8_dynamic")
+"""How `linear` keeps a weight: as it is; as integers with a scale for each group of inputs; as bytes with a scale for each
+output, to be multiplied by activations that are rounded to bytes row by row."""
+
+
+def linear(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    form: str = "plain",
+    group_size: int = 64,
+    is_gated: bool = False,
+    implementation: str = "auto",
+) -> Callable[[Tensor], Tensor]:
+    """Packs a weight once; the result is the function that multiplies by it: `x @ weight.T + bias`.
+
+    A row's result depends on no other row, bit for bit. The weight given is not kept.
+
+    Args:
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]` or None.
+        form: One of `LINEAR_FORMS`.
+        group_size: Inputs that share a scale in the forms "int8" and "int4": an even number; 32 to 128 is usual.
+        is_gated: The first half of the outputs are gates, the second half what they let through, and the result is
+            `silu(first half) * second half`: the two products and the activation of a SwiGLU at once.
+        implementation: "auto" or a name.
+
+    Returns:
+        Maps `[num_rows, in_features]` in the weight's dtype to `[num_rows, out_features]`, gated half as many.
+
+    Raises:
+        ValueError: An argument has the wrong shape or dtype; the message names it.
+    """
+    _require(weight.ndim == 2 and weight.numel() > 0, "weight", weight, "[out_features, in_features]")
+    if bias is not None:
+        valid = bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == weight.device
+        _require(valid, "bias", bias, f"[{weight.shape[0]}] {weight.dtype} on {weight.device}")
+    if form not in LINEAR_FORMS:
+        raise ValueError(f"form must be one of {', '.join(LINEAR_FORMS)}, got {form!r}.")
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"group_size must be an even number of inputs, got {group_size}.")
+    if is_gated and weight.shape[0] % 2:
+        raise ValueError(f"is_gated needs an even number of outputs, half of them gates, got {weight.shape[0]}.")
+    multiply: Callable[[Tensor], Tensor] = _select("linear", implementation, weight)(weight, bias, form, group_size, is_gated)
+    return multiply

@@ -6,7 +6,7 @@ at the end. This module knows nothing of devices, dispatch or engines. Arguments
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -137,3 +137,57 @@ def gelu_and_mul(x: Tensor, approximate: str) -> Tensor:
     """GeGLU's product (arXiv:2002.05202): `gelu(first half) * second half`."""
     gate, up = _wide(x).chunk(2, dim=-1)
     return (torch.nn.functional.gelu(gate, approximate=approximate) * up).to(x.dtype)
+
+
+def linear(weight: Tensor, bias: Tensor | None, form: str, group_size: int, is_gated: bool) -> Callable[[Tensor], Tensor]:
+    """`x @ weight.T + bias`, with the weight quantised as `form` says, and gated in the end."""
+    dtype = weight.dtype
+    offset = 0.0 if bias is None else _wide(bias)
+    if form == "int8_dynamic":
+        matrix, column_scales = quantise_rows(weight)
+    elif form == "plain":
+        matrix = weight.clone()
+    else:
+        matrix = dequantise_groups(*quantise_groups(weight, 8 if form == "int8" else 4, group_size), group_size)
+
+    def multiply(x: Tensor) -> Tensor:
+        if form == "int8_dynamic":
+            whole, row_scales = quantise_rows(x)
+            # Sums of products of bytes are exact in float64, which torch multiplies fast.
+            y = (whole.double() @ matrix.double().T).to(_wide(x).dtype) * column_scales * row_scales[:, None]
+        else:
+            y = _wide(x) @ matrix.to(_wide(x).dtype).T
+        y = y + offset
+        if is_gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = torch.nn.functional.silu(gate) * up
+        return y.to(dtype)
+
+    return multiply
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as signed bytes and one float32 scale: `[num_rows, size] int8`, `[num_rows] float32`."""
+    wide = x.float()
+    top = wide.abs().amax(dim=1)
+    factor = torch.where(top > 0, 127 / top, 0.0)
+    return (wide * factor[:, None]).round().to(torch.int8), top / 127
+
+
+def quantise_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric integers of 8 or 4 bits with a scale for each `group_size` neighbours in a row; the last group may be shorter.
+
+    Returns:
+        `[out_features, in_features] int8` and `[out_features, num_groups] bfloat16`.
+    """
+    size = weight.shape[1]
+    padded = torch.nn.functional.pad(weight.float(), (0, -size % group_size)).unflatten(1, (-1, group_size))
+    largest = 2 ** (bits - 1) - 1
+    scales = (padded.abs().amax(dim=2) / largest).bfloat16()
+    whole = (padded / torch.where(scales > 0, scales, 1.0).float()[..., None]).round().clamp(-largest - 1, largest)
+    return whole.to(torch.int8).flatten(1)[:, :size], scales
+
+
+def dequantise_groups(whole: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """The float32 weight that `quantise_groups` stands for."""
+    return whole.float() * scales.float().repeat_interleave(group_size, dim=1)[:, : whole.shape[1]]

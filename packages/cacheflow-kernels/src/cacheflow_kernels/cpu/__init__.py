@@ -1,0 +1,1 @@
+"""The CPU kernels, written in C++: compiled when the package is installed, and called through ctypes."""

@@ -1,0 +1,67 @@
+// The tiles of linear.cpp for AMX: up to 32 rows of activations, one after the other, times a panel. The panels are those of the
+// other levels, as their layout is what the matrix unit takes. It multiplies 16 rows at a time, so more are padded to that.
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,amx-tile,amx-bf16,amx-int8")
+namespace amx {
+
+constexpr int64_t UNIT_ROWS = 16, TILE_ROWS = 2 * UNIT_ROWS;
+
+// Registers have rows of 64 bytes: those of the weights 16, the others as many as there are activations, up to 16.
+struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16];
+    constexpr Config(uint8_t n) : rows{n, n, n, n, n, n, 16, 16} {}
+};
+// Not a local variable: gcc is told that the instruction reads 8 bytes of it, and leaves out the others.
+static constexpr Config CONFIGS[UNIT_ROWS] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+
+// For products of so many rows. Other code in the process may use the unit between two products.
+static void begin(int64_t rows) { _tile_loadconfig(&CONFIGS[rows < UNIT_ROWS ? rows - 1 : UNIT_ROWS - 1]); }
+
+static void end() { _tile_release(); }
+
+// Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
+template <bool IS_INTEGER, bool HAS_TWO>
+static void tile(const void* rows, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
+    const int64_t row_bytes = steps * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
+    const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes, *w = (const char*)panel;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (HAS_TWO) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; step += 16) {
+        for (const char* end = next + 16 * next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        _tile_loadd(4, upper + step * 4, row_bytes);
+        _tile_loadd(6, w + step * panel_row_bytes, panel_row_bytes);
+        _tile_loadd(7, w + step * panel_row_bytes + 64, panel_row_bytes);
+        if (HAS_TWO) _tile_loadd(5, lower + step * 4, row_bytes);
+        if (IS_INTEGER) {
+            _tile_dpbusd(0, 4, 6);
+            _tile_dpbusd(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbusd(2, 5, 6);
+                _tile_dpbusd(3, 5, 7);
+            }
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, c, c_row_bytes);
+    _tile_stored(1, c + 16, c_row_bytes);
+    if (HAS_TWO) {
+        _tile_stored(2, c + UNIT_ROWS * PANEL, c_row_bytes);
+        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
+    }
+}
+
+}  // namespace amx
+#pragma GCC pop_options

@@ -1,0 +1,506 @@
+// The part of paged_attention.cpp that is compiled once per instruction set: included by each_level.h.
+
+namespace {
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+
+// How a block's operands are laid out for the multiply-adds of a cache in T: pairs of bfloat16 for the dot-product
+// instruction, or floats.
+template <class T>
+constexpr bool PAIRS = HAS_BF16_DOT && std::is_same_v<T, BFloat16>;
+
+constexpr int KEY_STEP = HAS_BF16_DOT ? 32 : LANES;  // a block's keys are filled up to a multiple: 16 pairs for the matrix unit
+
+// Four bytes of a packed operand: a float, or a pair of bfloat16.
+INLINE Floats multiply_add(Floats sum, const uint32_t* broadcast, Ints operand, std::true_type) {
+#if HAS_BF16_DOT
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(*broadcast), (__m512bh)operand);
+#else
+    return sum;
+#endif
+}
+
+INLINE Floats multiply_add(Floats sum, const uint32_t* broadcast, Ints operand, std::false_type) {
+    float value;
+    memcpy(&value, broadcast, 4);
+    return sum + value * (Floats)operand;
+}
+
+constexpr int MAX_ROWS = 6;                        // with these a product's sums, operands and one broadcast fill
+constexpr int MAX_COLUMNS = LANES == 16 ? 4 : 2;   // the 32 or 16 vector registers
+
+// c [ROWS, COLUMNS * LANES] = c * factors (nothing, without factors) + a [ROWS, depth] @ b [depth, COLUMNS * LANES].
+template <bool IS_PAIRS, int ROWS, int COLUMNS>
+void multiply_tile(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
+    const float* factors) {
+    Floats sums[ROWS][COLUMNS];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; j++)
+            sums[i][j] = factors ? load_raw<Floats>(c + i * c_stride + j * LANES) * factors[i] : Floats{};
+    for (int64_t d = 0; d < depth; d++) {
+        Ints operands[COLUMNS];
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; j++) operands[j] = load_raw<Ints>(b + d * b_stride + j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < COLUMNS; j++)
+                sums[i][j] = multiply_add(sums[i][j], a + i * a_stride + d, operands[j], std::bool_constant<IS_PAIRS>{});
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; j++) store_raw(c + i * c_stride + j * LANES, sums[i][j]);
+}
+
+template <bool IS_PAIRS, int ROWS>
+void multiply_rows(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, int64_t width, float* c,
+    int64_t c_stride, const float* factors) {
+    for (; width >= MAX_COLUMNS * LANES; width -= MAX_COLUMNS * LANES, b += MAX_COLUMNS * LANES, c += MAX_COLUMNS * LANES)
+        multiply_tile<IS_PAIRS, ROWS, MAX_COLUMNS>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
+    if constexpr (MAX_COLUMNS == 4) {
+        if (width >= 2 * LANES) {
+            multiply_tile<IS_PAIRS, ROWS, 2>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
+            width -= 2 * LANES, b += 2 * LANES, c += 2 * LANES;
+        }
+    }
+    if (width) multiply_tile<IS_PAIRS, ROWS, 1>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
+}
+
+#if HAS_BF16_DOT
+// What the matrix unit's eight tiles are: each up to 16 rows of 64 bytes.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 of b.
+INLINE void shape_tiles(int64_t first, int64_t second) {
+    TileShapes shapes;
+    for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = tile >= 6 ? 16 : tile == 2 || tile == 3 || tile == 5 ? second : first;
+    asm volatile("" : : "r"(&shapes) : "memory");  // gcc believes that the next instruction reads 8 bytes of it
+    _tile_loadconfig(&shapes);
+}
+
+// Up to 16 rows, times 64 columns at a time. A sum waits 52 cycles for the one before it: four are under way.
+INLINE void multiply_few_rows(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, int64_t width, float* c,
+    int64_t c_stride, bool has_sums) {
+    for (int64_t column = 0; column < width; column += 64, c += 64, b += 64) {
+        const int64_t count = (width - column) / 16;
+        asm volatile("" : : : "memory");  // nor does gcc know that tiles are loaded from memory
+        if (has_sums) {
+            _tile_loadd(0, c, 4 * c_stride);
+            if (count > 1) _tile_loadd(1, c + 16, 4 * c_stride);
+            if (count > 2) _tile_loadd(2, c + 32, 4 * c_stride);
+            if (count > 3) _tile_loadd(3, c + 48, 4 * c_stride);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        for (int64_t d = 0; d < depth; d += 16) {
+            const uint32_t* operand = b + d * b_stride;
+            _tile_loadd(4, a + d, 4 * a_stride);
+            _tile_loadd(6, operand, 4 * b_stride);
+            _tile_dpbf16ps(0, 4, 6);
+            if (count > 1) {
+                _tile_loadd(7, operand + 16, 4 * b_stride);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (count > 2) {
+                _tile_loadd(6, operand + 32, 4 * b_stride);
+                _tile_dpbf16ps(2, 4, 6);
+            }
+            if (count > 3) {
+                _tile_loadd(7, operand + 48, 4 * b_stride);
+                _tile_dpbf16ps(3, 4, 7);
+            }
+        }
+        _tile_stored(0, c, 4 * c_stride);
+        if (count > 1) _tile_stored(1, c + 16, 4 * c_stride);
+        if (count > 2) _tile_stored(2, c + 32, 4 * c_stride);
+        if (count > 3) _tile_stored(3, c + 48, 4 * c_stride);
+    }
+}
+
+// 17 to 32 rows, times 32 columns at a time.
+INLINE void multiply_many_rows(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, int64_t width, float* c,
+    int64_t c_stride, bool has_sums) {
+    for (int64_t column = 0; column < width; column += 32, c += 32, b += 32) {
+        const bool is_wide = column + 16 < width;
+        float* second = c + 16 * c_stride;
+        asm volatile("" : : : "memory");
+        if (has_sums) {
+            _tile_loadd(0, c, 4 * c_stride);
+            _tile_loadd(2, second, 4 * c_stride);
+            if (is_wide) _tile_loadd(1, c + 16, 4 * c_stride);
+            if (is_wide) _tile_loadd(3, second + 16, 4 * c_stride);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        for (int64_t d = 0; d < depth; d += 16) {
+            const uint32_t* operand = b + d * b_stride;
+            _tile_loadd(4, a + d, 4 * a_stride);
+            _tile_loadd(5, a + 16 * a_stride + d, 4 * a_stride);
+            _tile_loadd(6, operand, 4 * b_stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            if (is_wide) {
+                _tile_loadd(7, operand + 16, 4 * b_stride);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, c, 4 * c_stride);
+        _tile_stored(2, second, 4 * c_stride);
+        if (is_wide) _tile_stored(1, c + 16, 4 * c_stride);
+        if (is_wide) _tile_stored(3, second + 16, 4 * c_stride);
+    }
+}
+
+// `multiply` on the matrix unit, which takes both operands as they are packed; depth is a multiple of 16 words.
+void multiply_matrices(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
+    float* c, int64_t c_stride, const float* factors) {
+    for (; rows > 0; rows -= 32, a += 32 * a_stride, c += 32 * c_stride) {
+        const int64_t now = std::min<int64_t>(32, rows);
+        if (factors) {
+            for (int64_t i = 0; i < now; i++)
+                if (factors[i] != 1.0f)  // mostly no row has a new maximum
+                    for (int64_t j = 0; j < width; j += LANES)
+                        store_raw(c + i * c_stride + j, load_raw<Floats>(c + i * c_stride + j) * factors[i]);
+        }
+        if (now <= 16) {
+            shape_tiles(now, now);
+            multiply_few_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
+        } else {
+            shape_tiles(16, now - 16);
+            multiply_many_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
+        }
+        if (factors) factors += 32;
+    }
+}
+
+constexpr int64_t MIN_MATRIX_ROWS = 3;  // below, dot products take less time: 20 against 28 ns a key at 1 row, 36 to 32 at 4
+#endif
+
+// Gives the matrix unit back: torch sets it up for itself.
+INLINE void release_matrices() {
+#if HAS_BF16_DOT
+    if (has_matrix_unit()) _tile_release();
+#endif
+}
+
+// c [rows, width] = c * factors + a [rows, depth] @ b [depth, width]; width is a multiple of LANES.
+template <bool IS_PAIRS>
+void multiply(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
+    float* c, int64_t c_stride, const float* factors) {
+#if HAS_BF16_DOT
+    if (IS_PAIRS && rows >= MIN_MATRIX_ROWS && has_matrix_unit()) {
+        multiply_matrices(a, a_stride, b, b_stride, rows, depth, width, c, c_stride, factors);
+        return;
+    }
+#endif
+    while (rows > 0) {
+        const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, now = (rows + tiles - 1) / tiles;
+        switch (now) {
+            case 1: multiply_rows<IS_PAIRS, 1>(a, a_stride, b, b_stride, depth, width, c, c_stride, factors); break;
+            case 2: multiply_rows<IS_PAIRS, 2>(a, a_stride, b, b_stride, depth, width, c, c_stride, factors); break;
+            case 3: multiply_rows<IS_PAIRS, 3>(a, a_stride, b, b_stride, depth, width, c, c_stride, factors); break;
+            case 4: multiply_rows<IS_PAIRS, 4>(a, a_stride, b, b_stride, depth, width, c, c_stride, factors); break;
+            case 5: multiply_rows<IS_PAIRS, 5>(a, a_stride, b, b_stride, depth, width, c, c_stride, factors); break;
+            default: multiply_rows<IS_PAIRS, 6>(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
+        }
+        rows -= now, a += now * a_stride, c += now * c_stride;
+        if (factors) factors += now;
+    }
+}
+
+// LANES words of a row's head_size elements from word `first` on; zeros behind the row's end.
+template <class T>
+INLINE Ints load_words(const T* row, int64_t first, int64_t head_size) {
+    if constexpr (PAIRS<T>) {
+        const T* from = row + 2 * first;
+        const int64_t count = head_size - 2 * first;
+        if (count >= 2 * LANES) return load_raw<Ints>(from);
+#if LANES == 16
+        return count > 0 ? (Ints)_mm512_maskz_loadu_epi16((1u << count) - 1, from) : Ints{};
+#else
+        return Ints{};
+#endif
+    } else {
+        return (Ints)load(row + first, head_size - first);
+    }
+}
+
+// Swaps blocks of STEP rows and columns, for STEP = 1, 2, 4 ...: the matrix of LANES x LANES words is transposed.
+template <int STEP>
+INLINE void transpose(Ints (&rows)[LANES]) {
+    if constexpr (STEP < LANES) {
+        Ints low, high;
+        for (int i = 0; i < LANES; i++) {
+            low[i] = i & STEP ? LANES + i - STEP : i;
+            high[i] = i & STEP ? LANES + i : i + STEP;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & STEP)) {
+                const Ints a = rows[i], b = rows[i + STEP];
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + STEP] = __builtin_shuffle(a, b, high);
+            }
+        transpose<2 * STEP>(rows);
+    }
+}
+
+// Asks for the first `count` rows of the next block while this one is worked on. The processor's own prefetching ends with
+// each page, and blocks lie anywhere: without this a decode waits as long for memory as it computes.
+template <class T>
+INLINE void prefetch(const T* const* rows, int64_t count, int64_t head_size) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t byte = 0; byte < head_size * int64_t(sizeof(T)); byte += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(rows[i]) + byte, _MM_HINT_T1);
+}
+
+// packed [num_words, KEYS]: word w of key j.
+template <class T>
+void pack_keys(
+    const T* const* rows, const T* const* next, int64_t num_keys, int64_t head_size, int64_t num_words, uint32_t* packed) {
+    for (int64_t key = 0; key < num_keys; key += LANES) {
+        prefetch(next + key, LANES, head_size);
+        for (int64_t word = 0; word < num_words; word += LANES) {
+            Ints square[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) square[i] = load_words(rows[key + i], word, head_size);
+            transpose<1>(square);
+            const int64_t count = std::min<int64_t>(LANES, num_words - word);
+            if (count == LANES) {
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) store_raw(packed + (word + i) * KEYS + key, square[i]);
+            } else {
+                for (int64_t i = 0; i < count; i++) store_raw(packed + (word + i) * KEYS + key, square[i]);
+            }
+        }
+    }
+}
+
+// packed [num_keys / 2, width]: columns of two keys side by side in a word; or [num_keys, width] floats.
+template <class T>
+void pack_values(
+    const T* const* rows, const T* const* next, int64_t num_keys, int64_t head_size, int64_t width, uint32_t* packed) {
+    if constexpr (PAIRS<T>) {
+        typedef uint16_t Columns __attribute__((vector_size(4 * LANES)));
+        Columns first, second;  // of 32 columns: where the pairs of the first 16 and of the others come from
+        for (int i = 0; i < 2 * LANES; i++) {
+            first[i] = i / 2 + (i & 1) * 2 * LANES;
+            second[i] = first[i] + LANES;
+        }
+        for (int64_t key = 0; key < num_keys; key += 2, packed += width) {
+            prefetch(next + key, 2, head_size);
+            for (int64_t column = 0; column < head_size; column += 2 * LANES) {
+                const auto even = (Columns)load_words(rows[key], column / 2, head_size);
+                const auto odd = (Columns)load_words(rows[key + 1], column / 2, head_size);
+                store_raw(packed + column, __builtin_shuffle(even, odd, first));
+                if (column + LANES < width) store_raw(packed + column + LANES, __builtin_shuffle(even, odd, second));
+            }
+        }
+    } else {
+        for (int64_t key = 0; key < num_keys; key++, packed += width) {
+            prefetch(next + key, 1, head_size);
+            for (int64_t column = 0; column < head_size; column += LANES)
+                store_raw(packed + column, load(rows[key] + column, head_size - column));
+        }
+    }
+}
+
+// One tile's memory: offsets into a thread's scratch.
+struct Tile {
+    uint32_t *queries, *keys, *values, *probabilities;
+    float *scores, *out, *maxima, *sums, *factors, *slopes;
+};
+
+INLINE Tile tile_of(int64_t rows, int64_t num_words, int64_t width) {
+    const int64_t padded = (rows + 15) / 16 * 16;
+    const int64_t sizes[] = {padded * num_words, num_words * KEYS, KEYS * width, padded * KEYS, padded * KEYS,
+                             padded * width,     padded,           padded,       padded,        padded};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    uint32_t* next = reinterpret_cast<uint32_t*>(scratch.of(4 * total));
+    uint32_t* parts[10];
+    for (int i = 0; i < 10; i++) parts[i] = next, next += sizes[i];
+    auto floats = [&](int i) { return reinterpret_cast<float*>(parts[i]); };
+    return {parts[0], parts[1], parts[2], parts[3], floats(4), floats(5), floats(6), floats(7), floats(8), floats(9)};
+}
+
+INLINE Floats bent(Floats score, float soft_cap) { return soft_cap * hyperbolic_tangent(score / soft_cap); }
+
+// Turns one row of scores into probabilities in T's packed form; keys outside [low, high) of the block are hidden.
+template <class T>
+INLINE void soften(
+    const Layer& layer, const Tile& tile, int64_t row, int64_t num_keys, int64_t low, int64_t high, int64_t distance) {
+    float* scores = tile.scores + row * KEYS;
+    Ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    Floats largest = splat(-INFINITY);
+    const float scale = layer.scale * LOG2_E, slope = tile.slopes[row] * LOG2_E;
+    for (int64_t key = 0; key < num_keys; key += LANES) {
+        Floats score = load_raw<Floats>(scores + key);
+        score = layer.soft_cap ? bent(score * layer.scale, layer.soft_cap) * LOG2_E : score * scale;
+        const Ints position = lane + int32_t(key);
+        if (layer.alibi_slopes) score += slope * __builtin_convertvector(position - int32_t(distance), Floats);
+        if (key < low || key + LANES > high) score = (position >= int32_t(low)) & (position < int32_t(high)) ? score : splat(-INFINITY);
+        store_raw(scores + key, score);
+        largest = larger(largest, score);
+    }
+    const float before = tile.maxima[row], now = std::max(before, maximum(largest));
+    tile.maxima[row] = now;
+    // Nothing visible so far: any finite reference turns the hidden keys into zeros.
+    const float reference = now == -INFINITY ? 0.0f : now;
+    Floats total{};
+    for (int64_t key = 0; key < num_keys; key += LANES) {
+        Floats p = power_of_two(load_raw<Floats>(scores + key) - reference);
+        if constexpr (PAIRS<T>) {
+            auto narrowed = narrow(p, BFloat16{});
+            store_raw(reinterpret_cast<uint16_t*>(tile.probabilities + row * KEYS) + key, narrowed);
+            p = widen(narrowed, BFloat16{});  // the sum must be that of the numbers which are multiplied
+        } else {
+            store_raw(tile.probabilities + row * KEYS + key, p);
+        }
+        total += p;
+    }
+    tile.factors[row] = before == -INFINITY ? 0.0f : exp2f(before - now);
+    tile.sums[row] = tile.sums[row] * tile.factors[row] + sum(total);
+}
+
+// Where `KEYS` tokens from position `begin` on lie for one head; those outside [begin, end) are zeros, as what the cache holds
+// there may be anything.
+template <class T>
+INLINE void locate(
+    const Batch& batch, const Layer& layer, const Cache& cache, int64_t seq, int64_t kv_head, int64_t begin, int64_t end,
+    const T** keys, const T** values) {
+    const int32_t* table = batch.block_tables + seq * batch.table_stride;
+    const int64_t head_offset = kv_head * layer.block_size * layer.head_size;
+    int64_t block = begin / layer.block_size, slot = begin % layer.block_size;
+    for (int i = 0; i < KEYS; block++, slot = 0) {
+        const int64_t count = std::min<int64_t>({layer.block_size - slot, KEYS - i, end - begin - i});
+        if (count <= 0) {
+            for (; i < KEYS; i++) keys[i] = values[i] = reinterpret_cast<const T*>(ZEROS);
+            break;
+        }
+        const int64_t offset = table[block] * cache.stride + head_offset + slot * layer.head_size;
+        const T *key = static_cast<const T*>(cache.k) + offset, *value = static_cast<const T*>(cache.v) + offset;
+        for (const int last = i + int(count); i < last; i++, key += layer.head_size, value += layer.head_size)
+            keys[i] = key, values[i] = value;
+    }
+}
+
+template <class T>
+void attend(
+    const Batch& batch, const Layer& layer, const T* q, int64_t q_stride, const Cache& cache, const Item& item,
+    int64_t kv_head, float* partial, T* out) {
+    const int64_t group = layer.num_heads / layer.num_kv_heads, rows = (item.last - item.first) * group;
+    const int64_t head_size = layer.head_size, num_words = PAIRS<T> ? (head_size + 31) / 32 * 16 : head_size;
+    const int64_t width = (head_size + LANES - 1) / LANES * LANES;
+    const int64_t token = batch.query_start_loc[item.seq] + item.first;
+    const int64_t num_queries = batch.query_start_loc[item.seq + 1] - batch.query_start_loc[item.seq];
+    const int64_t position = batch.seq_lens[item.seq] - num_queries + item.first;
+    const Tile tile = tile_of(rows, num_words, width);
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t head = kv_head * group + row % group;
+        const T* from = q + (token + row / group) * q_stride + head * head_size;
+        for (int64_t i = 0; i < num_words; i += LANES)
+            store(reinterpret_cast<float*>(tile.queries + row * num_words) + i, (Floats)load_words(from, i, head_size), num_words - i);
+        tile.slopes[row] = layer.alibi_slopes ? layer.alibi_slopes[head] : 0.0f;
+        tile.maxima[row] = -INFINITY;
+        tile.sums[row] = 0;
+        tile.factors[row] = 0;
+    }
+    memset(tile.out, 0, rows * width * sizeof(float));
+    const T *keys[2][KEYS], *values[2][KEYS];
+    locate(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, keys[0], values[0]);
+    for (int64_t begin = item.key_begin, now = 0; begin < item.key_end; begin += KEYS, now ^= 1) {
+        const int64_t next = now ^ 1;
+        locate(batch, layer, cache, item.seq, kv_head, begin + KEYS, item.key_end, keys[next], values[next]);
+        const int64_t num_keys = (std::min<int64_t>(KEYS, item.key_end - begin) + KEY_STEP - 1) / KEY_STEP * KEY_STEP;
+        pack_keys(keys[now], keys[next], num_keys, head_size, num_words, tile.keys);
+        multiply<PAIRS<T>>(tile.queries, num_words, tile.keys, KEYS, rows, num_words, num_keys, tile.scores, KEYS, nullptr);
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t at = position + row / group;
+            const int64_t low = first_visible(at, layer.window) - begin, high = std::min(at + 1, item.key_end) - begin;
+            soften<T>(layer, tile, row, num_keys, low, high, at - begin);
+        }
+        pack_values(values[now], values[next], num_keys, head_size, width, tile.values);
+        const int64_t depth = PAIRS<T> ? num_keys / 2 : num_keys;
+        multiply<PAIRS<T>>(tile.probabilities, KEYS, tile.values, width, rows, depth, width, tile.out, width, tile.factors);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t head = kv_head * group + row % group;
+        const float* result = tile.out + row * width;
+        if (partial) {
+            float* to = partial + head * (head_size + 2);
+            memcpy(to, result, head_size * sizeof(float));
+            to[head_size] = tile.maxima[row];
+            to[head_size + 1] = tile.sums[row];
+        } else {
+            T* to = out + ((token + row / group) * layer.num_heads + head) * head_size;
+            for (int64_t i = 0; i < head_size; i += LANES)
+                store(to + i, load_raw<Floats>(result + i) / tile.sums[row], head_size - i);
+        }
+    }
+}
+
+// One head's unfinished results, brought to one maximum and added in the order of their keys.
+template <class T>
+void merge(const Layer& layer, const float* first, int64_t count, T* out) {
+    const int64_t head_size = layer.head_size, stride = layer.num_heads * (head_size + 2);
+    float largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < count; i++) largest = std::max(largest, first[i * stride + head_size]);
+    alignas(64) float result[MAX_HEAD_SIZE] = {};
+    for (int64_t i = 0; i < count; i++) {
+        const float* part = first + i * stride;
+        const float factor = exp2f(part[head_size] - largest);
+        total += factor * part[head_size + 1];
+        for (int64_t j = 0; j < head_size; j++) result[j] += factor * part[j];
+    }
+    for (int64_t i = 0; i < head_size; i += LANES) store(out + i, load_raw<Floats>(result + i) / total, head_size - i);
+}
+
+}  // namespace
+
+template <class T>
+static void paged_attention(
+    const Batch& batch, const Layer& layer, const void* q, int64_t q_stride, const Cache& cache, void* out) {
+    const Work work = divide(batch, layer);
+    const int64_t partial_size = layer.num_heads * (layer.head_size + 2);
+    float* parts = reinterpret_cast<float*>(partials.of(std::max<int64_t>(1, work.num_partials * partial_size) * sizeof(float)));
+    const int64_t num_items = work.items.size() * layer.num_kv_heads, num_merges = work.merges.size() * layer.num_heads;
+#pragma omp parallel if (work.multiply_adds > MIN_PARALLEL)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < num_items; i++) {
+            const Item& item = work.items[i / layer.num_kv_heads];
+            float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
+            attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, i % layer.num_kv_heads, partial, static_cast<T*>(out));
+        }
+        release_matrices();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num_merges; i++) {
+            const Merge& split = work.merges[i / layer.num_heads];
+            const int64_t head = i % layer.num_heads;
+            T* to = static_cast<T*>(out) + (split.token * layer.num_heads + head) * layer.head_size;
+            merge(layer, parts + split.partial * partial_size + head * (layer.head_size + 2), split.count, to);
+        }
+    }
+}

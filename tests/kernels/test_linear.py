@@ -1,0 +1,199 @@
+"""Packed linear: every form at every level of instruction sets that this machine has, against float64."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cacheflow_kernels import linear, reference
+from cacheflow_kernels.accuracy import relative_rms
+from cacheflow_kernels.cpu import library
+
+SHAPES = ((1, 1), (50, 37), (64, 128), (98, 130), (200, 576))
+"""out_features, in_features: whole panels, and outputs that are no multiple of 32 with odd inputs."""
+ROWS = (*range(1, 14), 64, 100)
+QUANTISED = ("int8", "int4", "int8_dynamic")
+
+
+def levels() -> list[str]:
+    loaded = library.load()
+    return [] if loaded is None else list(library.LEVELS[1 : int(loaded.cf_machine_level()) + 1])
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+needs_library = pytest.mark.skipif(library.load() is None, reason="; ".join(library.reasons()))
+pytestmark = needs_library
+
+
+@pytest.fixture(params=levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    loaded = library.load()
+    assert loaded is not None
+    before = library.level()
+    loaded.cf_set_level(library.LEVELS.index(request.param))
+    yield request.param
+    loaded.cf_set_level(library.LEVELS.index(before))
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_plain_weight_is_at_most_twice_as_far_from_float64_as_torch_is(
+    level: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    weight, bias = random(*shape, dtype=dtype), random(shape[0], dtype=dtype, seed=1)
+    for offset in (bias, None):
+        multiply = linear(weight, offset, implementation="cpu")
+        x = torch.cat([random(rows, shape[1], dtype=dtype, seed=rows) for rows in ROWS])
+        exact = functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
+        torchs = relative_rms(functional.linear(x, weight, offset), exact)
+        out = torch.cat([multiply(part) for part in x.split(ROWS)])
+        assert out.dtype == dtype
+        assert relative_rms(out, exact) <= 2 * max(torchs, torch.finfo(dtype).eps / 8)
+
+
+@dtypes
+def test_the_fused_activation_is_at_most_twice_as_far_from_float64_as_torch_is(level: str, dtype: torch.dtype) -> None:
+    weight, bias, x = random(98, 130, dtype=dtype), random(98, dtype=dtype, seed=1), random(29, 130, dtype=dtype, seed=2)
+    both = functional.linear(x, weight, bias)
+    torchs = functional.silu(both[:, :49]) * both[:, 49:]
+    both = functional.linear(x.double(), weight.double(), bias.double())
+    exact = functional.silu(both[:, :49]) * both[:, 49:]
+    out = linear(weight, bias, is_gated=True, implementation="cpu")(x)
+    assert relative_rms(out, exact) <= 2 * relative_rms(torchs, exact)
+
+
+@dtypes
+@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("group_size", [32, 50, 128])
+def test_a_quantised_weight_multiplies_like_the_reference(level: str, dtype: torch.dtype, form: str, group_size: int) -> None:
+    # Where a sum of products lies between two bytes or two bfloat16 numbers, either is right.
+    limit = 1e-3 if dtype == torch.float32 else 5e-3
+    for num_rows, size in SHAPES[1:]:
+        weight, bias, x = (random(*s, dtype=dtype) for s in ((num_rows, size), (num_rows,), (29, size)))
+        out = linear(weight, bias, form=form, group_size=group_size, implementation="cpu")(x)
+        expected = reference.linear(weight.float(), bias.float(), form, group_size, False)(x.float())
+        assert relative_rms(out, expected) <= limit, (num_rows, size)
+
+
+@pytest.mark.parametrize(("form", "limit"), [("int8", 0.01), ("int8_dynamic", 0.02), ("int4", 0.15)])
+def test_quantising_loses_little(form: str, limit: float) -> None:
+    weight, x = random(96, 256, dtype=torch.bfloat16), random(16, 256, dtype=torch.bfloat16, seed=1)
+    exact = functional.linear(x.double(), weight.double())
+    assert relative_rms(linear(weight, form=form)(x), exact) <= limit
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["plain", *QUANTISED])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_a_row_is_the_same_bit_for_bit_whatever_else_is_in_the_batch(
+    level: str, dtype: torch.dtype, form: str, is_gated: bool
+) -> None:
+    multiply = linear(random(98, 130, dtype=dtype), form=form, is_gated=is_gated, implementation="cpu")
+    x = random(100, 130, dtype=dtype)
+    whole = multiply(x)
+    for rows in ROWS:
+        for start in (0, 100 - rows):
+            assert torch.equal(multiply(x[start : start + rows]), whole[start : start + rows]), rows
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["plain", *QUANTISED])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, form: str) -> None:
+    multiply, x = linear(random(640, 576, dtype=dtype), form=form, implementation="cpu"), random(30, 576, dtype=dtype)
+    before = torch.get_num_threads()
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        results.append(multiply(x))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@dtypes
+def test_rows_may_be_strided_and_none_at_all(level: str, dtype: torch.dtype) -> None:
+    multiply, wide = linear(random(40, 37, dtype=dtype), implementation="cpu"), random(9, 50, dtype=dtype)
+    assert torch.equal(multiply(wide[:, 3:40]), multiply(wide[:, 3:40].contiguous()))
+    assert multiply(wide[:0, :37]).shape == (0, 40)
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["plain", "int8_dynamic"])
+def test_a_row_with_a_nan_stays_alone_with_it(level: str, dtype: torch.dtype, form: str) -> None:
+    multiply, x = linear(random(40, 37, dtype=dtype), form=form, implementation="cpu"), random(5, 37, dtype=dtype)
+    x[2, 36] = float("nan")
+    out = multiply(x)
+    assert out[2].isnan().all()
+    assert not out[[0, 1, 3, 4]].isnan().any()
+
+
+def test_a_row_of_zeros_gives_the_bias(level: str) -> None:
+    bias = random(40, dtype=torch.float32)
+    for form in ("plain", *QUANTISED):
+        assert torch.equal(linear(random(40, 37, dtype=torch.float32), bias, form=form)(torch.zeros(1, 37))[0], bias)
+
+
+@pytest.mark.parametrize("form", ["plain", *QUANTISED])
+def test_the_unpacked_weight_is_let_go(form: str) -> None:
+    weight = random(64, 64, dtype=torch.bfloat16)
+    multiply = linear(weight, form=form, implementation="cpu")
+    gone = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert gone() is None
+    assert multiply(torch.ones(1, 64, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_bad_arguments_are_refused_by_name(implementation: str) -> None:
+    weight = torch.zeros(6, 8)
+    for arguments, message in (
+        ({"weight": weight[0]}, "weight must be"),
+        ({"weight": weight, "bias": torch.zeros(5)}, "bias must be"),
+        ({"weight": weight, "bias": torch.zeros(6, dtype=torch.bfloat16)}, "bias must be"),
+        ({"weight": weight, "form": "int3"}, "form must be one of"),
+        ({"weight": weight, "form": "int8", "group_size": 7}, "group_size must be"),
+        ({"weight": weight[:5], "is_gated": True}, "is_gated needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear(**arguments, implementation=implementation)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 9),
+        torch.zeros(8),
+        torch.zeros(2, 8, dtype=torch.bfloat16),
+        torch.zeros(8, 2).T,
+        torch.zeros(2, 8, device="meta"),
+    ],
+    ids=["size", "axes", "dtype", "stride", "device"],
+)
+def test_bad_rows_are_refused_by_name(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="x must be"):
+        linear(torch.zeros(6, 8), implementation="cpu")(x)
+
+
+@pytest.mark.parametrize("wanted", [*levels(), "sse9"])
+def test_the_environment_chooses_the_level(wanted: str) -> None:
+    program = "from cacheflow_kernels.cpu import library; print(library.level())"
+    environment = os.environ | {"CACHEFLOW_CPU_LEVEL": wanted}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    if wanted == "sse9":
+        assert "Usable levels: avx2" in result.stderr
+    else:
+        assert result.stdout.strip() == wanted
