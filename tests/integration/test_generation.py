@@ -204,6 +204,19 @@ def test_streamed_text_grows_to_the_text_of_generate(llm: LLM) -> None:
     assert output.outputs == whole.outputs
 
 
+def test_streams_taken_in_turns_keep_their_tokens_apart(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    expected = [token_ids_of(output) for output in llm.generate(PROMPTS[:3], params, use_tqdm=False)]
+    streams = [llm.stream(prompt, params) for prompt in PROMPTS[:2]]
+    last: list[RequestOutput | None] = [None, None]
+    for turn in range(40):
+        last[turn % 2] = next(streams[turn % 2], last[turn % 2])
+        if turn == 5:
+            assert token_ids_of(llm.generate(PROMPTS[2], params, use_tqdm=False)[0]) == expected[2]
+    assert [token_ids_of(output) for output in last if output] == expected[:2]
+    assert llm.stats().num_running == 0
+
+
 def test_leaving_a_stream_early_frees_its_blocks(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
     next(stream)
@@ -272,26 +285,37 @@ def test_nothing_that_may_be_chosen_fails_that_request_alone(llm: LLM) -> None:
         list(llm.stream(PROMPTS[0], impossible))
 
 
-def test_ctrl_c_keeps_what_has_finished(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = llm._core
-    real_step = core.step
+@pytest.mark.parametrize("place", ["schedule", "submit", "apply"])
+def test_ctrl_c_keeps_what_has_finished_and_the_llm_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    expected = token_ids_of(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)[0])
+    owner: Any = llm._core._executor if place == "submit" else llm._core.scheduler
+    work = getattr(owner, place)
+    num_calls = 0
 
-    def step_until_one_has_finished() -> Any:
-        updates = real_step()
-        if any(u.finished for u in updates):
-            monkeypatch.setattr(core, "step", interrupted)
-        return updates
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        result = work(*arguments, **options)
+        if num_calls == 5:
+            raise KeyboardInterrupt
+        return result
 
-    def interrupted() -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(core, "step", step_until_one_has_finished)
+    monkeypatch.setattr(owner, place, interrupted)
     params = [replace(GREEDY, max_tokens=3), replace(GREEDY, max_tokens=60)]
     with pytest.raises(GenerationInterrupted) as caught:
         llm.generate(PROMPTS[:2], params, use_tqdm=False)
     first, second = caught.value.outputs
     assert first is not None and len(token_ids_of(first)) == 3
     assert second is None
-    monkeypatch.setattr(core, "step", real_step)
-    assert llm.stats().num_running == llm.stats().num_waiting == 0
-    assert len(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)) == 1
+    monkeypatch.undo()
+    stats = llm.stats()
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+    assert token_ids_of(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)[0]) == expected
+
+
+def test_arguments_of_the_wrong_kind_are_refused_by_name(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="sampling_params must be"):
+        llm.generate(PROMPTS[0], {"temperature": 0}, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="list of lists of token ids"):
+        llm.generate(prompt_token_ids=[[4, 5], 5], use_tqdm=False)  # type: ignore[list-item]

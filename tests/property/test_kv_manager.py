@@ -56,9 +56,8 @@ class KVManagerMachine(RuleBasedStateMachine):
                 if source * BLOCK_SIZE + i in before:
                     self.memory[destination * BLOCK_SIZE + i] = before[source * BLOCK_SIZE + i]
         if fails:
-            for sequence_id, _, _ in ready:
+            for sequence_id in {*self.kv.rollback(), *(sequence_id for sequence_id, _, _ in ready)}:
                 self.close(sequence_id)
-            self.kv.rollback()
             return
         written: set[int] = set()
         for sequence_id, start, end in ready:

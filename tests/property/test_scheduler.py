@@ -11,9 +11,10 @@ from simulated import EOS, VOCAB_SIZE, SimulatedExecutor, next_scores, next_toke
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
-from cacheflow.errors import InvalidRequestError
-from cacheflow.interfaces import Sample
+from cacheflow.errors import EngineDeadError, InvalidRequestError
+from cacheflow.interfaces import RequestView, Sample
 from cacheflow.scheduling.beam_search import BeamSearch
+from cacheflow.scheduling.policies import Fair
 from cacheflow.scheduling.sequence import Sequence
 from cacheflow.types import EngineRequest, RequestUpdate, ResumedSequence, SamplingParams
 
@@ -260,6 +261,50 @@ def test_a_resumed_request_that_does_not_add_up_is_refused(resumed: list[Resumed
     with pytest.raises(InvalidRequestError, match="resumed"):
         core.add(replace(source, resumed=resumed))
     assert not core.has_unfinished
+
+
+def test_aborted_requests_behind_a_blocked_one_are_forgotten() -> None:
+    core = make_core(40, 4, 8, 1)
+    core.add(make_request("running", [8], SamplingParams(max_tokens=50, ignore_eos=True)))
+    core.step()
+    for number in range(1000):
+        core.add(make_request(str(number), [8] * 20, SamplingParams(), arrival=number))
+        if number:
+            core.abort(str(number))
+    assert core.stats().num_waiting == 1
+    assert len(core.scheduler._waiting) < 10
+
+
+@pytest.mark.parametrize("num_clients", [1, 20_000])
+def test_fair_forgets_clients(num_clients: int) -> None:
+    policy = Fair()
+    for index in range(20_000):
+        view = RequestView(
+            request_id="r",
+            client_id=str(index % num_clients),
+            priority=0,
+            arrival_s=index,
+            arrival_index=index,
+            num_prompt_tokens=1,
+            num_output_tokens=0,
+            num_sequences=1,
+        )
+        policy.key(view)
+        policy.chunk(view, 1)
+    assert len(policy._last_round) + len(policy._round_of) <= 2 * 4096
+
+
+def test_a_worker_that_is_gone_is_not_blamed_on_requests() -> None:
+    core = make_core(40, 4, 8, 8, poison=3)
+
+    def check() -> None:
+        raise EngineDeadError("gone")
+
+    core._executor.check = check  # type: ignore[method-assign]
+    core.add(make_request("a", [3, 8], SamplingParams(max_tokens=50, ignore_eos=True)))
+    with pytest.raises(EngineDeadError):
+        core.step()
+    assert core.has_unfinished
 
 
 def test_first_come_is_first_served_under_pressure() -> None:

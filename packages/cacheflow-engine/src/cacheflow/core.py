@@ -87,8 +87,24 @@ class EngineCore:
         """Runs one step. An exception that one request causes fails that request alone, found by halving.
 
         Raises:
-            EngineDeadError: A worker is gone.
+            EngineDeadError: A worker is gone, or its device is.
         """
+        try:
+            return self._step()
+        except BaseException:
+            # Ctrl-C, above all: nobody knows what it interrupted.
+            self.scheduler.reset()
+            raise
+
+    def stats(self) -> EngineStats:
+        """A reading between two steps."""
+        return self.scheduler.stats()
+
+    def close(self) -> None:
+        """Frees the model and the KV cache. May be called twice."""
+        self._executor.close()
+
+    def _step(self) -> list[RequestUpdate]:
         step = self.scheduler.schedule(only=self._next_suspects())
         if step is None:
             # All the suspects have ended, or there is nothing to do.
@@ -101,17 +117,10 @@ class EngineCore:
         except EngineDeadError:
             raise
         except Exception as error:
+            self._executor.check()
             return self._step_failed(error)
         del self._suspects[-1:]
         return self.scheduler.apply(step, output)
-
-    def stats(self) -> EngineStats:
-        """A reading between two steps."""
-        return self.scheduler.stats()
-
-    def close(self) -> None:
-        """Frees the model and the KV cache. May be called twice."""
-        self._executor.close()
 
     def _next_suspects(self) -> list[Request] | None:
         if self._suspects:
@@ -128,9 +137,12 @@ class EngineCore:
             middle = len(requests) // 2
             self._suspects += [requests[middle:], requests[:middle]]
             return []
-        logger.error("The request %s made its step fail.", requests[0].source.request_id, exc_info=error)
-        message = str(error) if isinstance(error, InvalidRequestError) else f"{type(error).__name__}: {error}"
-        return [self.scheduler.fail(requests[0], message, is_invalid=isinstance(error, InvalidRequestError))]
+        request_id = requests[0].source.request_id
+        if isinstance(error, InvalidRequestError):
+            logger.info("The request %s can't be served: %s", request_id, error)
+            return [self.scheduler.fail(requests[0], str(error), is_invalid=True)]
+        logger.error("The request %s made its step fail.", request_id, exc_info=error)
+        return [self.scheduler.fail(requests[0], f"{type(error).__name__}: {error}", is_invalid=False)]
 
     def _check_token_ids(self, request: EngineRequest) -> None:
         params, vocab_size = request.params, self.info.vocab_size

@@ -6,7 +6,9 @@ It owns an `EngineCore` and drives it: nothing happens between calls. It opens n
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -71,6 +73,7 @@ class LLM:
         self.tokenizer = Tokenizer(self._core.info.tokenizer, self._core.info.vocab_size)
         self._seeds = random.Random(seed)
         self._num_requests = 0
+        self._running: dict[str, _Running] = {}
 
     def __enter__(self) -> LLM:
         return self
@@ -142,19 +145,19 @@ class LLM:
             InvalidRequestError: The prompt or the parameters can't be served.
             RequestFailedError: The request failed inside the engine.
         """
+        news: deque[_Running] = deque()
         text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        request = self._make_request(text, token_ids, sampling_params)
-        self._core.add(request)
-        assembler = RequestAssembler(self.tokenizer, request, text)
+        running = self._start(text, token_ids, sampling_params, 0, news)
         try:
-            while not assembler.finished:
-                for update in self._core.step():
-                    output = assembler.apply(update)
-                    self._stop_sequences(request, assembler)
-                    _raise_failure(output, is_invalid=update.is_invalid)
-                    yield output
+            while not running.assembler.finished or news:
+                while not news:
+                    self._step()
+                news.clear()
+                output = running.assembler.output()
+                running.raise_failure(output)
+                yield output
         finally:
-            self._core.abort(request.request_id)
+            self._end(running)
 
     def stats(self) -> EngineStats:
         """What the engine has done so far, and how full its KV cache is."""
@@ -175,43 +178,86 @@ class LLM:
         """Adds all requests, then steps until the last has finished. Those left at an early end are aborted."""
         num_prompts = len(texts if texts is not None else token_ids or ())
         all_params = _one_each(params, num_prompts)
-        running: dict[str, tuple[int, EngineRequest, RequestAssembler]] = {}
+        news: deque[_Running] = deque()
+        unfinished: dict[int, _Running] = {}
         try:
             for position in range(num_prompts):
                 text = texts[position] if texts is not None else None
                 ids = token_ids[position] if token_ids is not None else None
                 try:
-                    request = self._make_request(text, ids, all_params[position])
-                    self._core.add(request)
+                    unfinished[position] = self._start(text, ids, all_params[position], position, news)
                 except InvalidRequestError as error:
                     if raise_errors:
                         raise
                     yield position, _refused(str(self._num_requests), text, ids, error)
-                    continue
-                running[request.request_id] = (position, request, RequestAssembler(self.tokenizer, request, text))
-            while running:
-                for update in self._core.step():
-                    position, request, assembler = running[update.request_id]
-                    assembler.add(update)
-                    self._stop_sequences(request, assembler)
-                    if assembler.finished:
-                        del running[update.request_id]
-                        output = assembler.output()
-                        if raise_errors:
-                            _raise_failure(output, is_invalid=update.is_invalid)
-                        yield position, output
+            while unfinished:
+                while not news:
+                    self._step()
+                running = news.popleft()
+                if running.assembler.finished and running.position in unfinished:
+                    self._end(unfinished.pop(running.position))
+                    output = running.assembler.output()
+                    if raise_errors:
+                        running.raise_failure(output)
+                    yield running.position, output
         finally:
-            for request_id in running:
-                self._core.abort(request_id)
+            for running in unfinished.values():
+                self._end(running)
 
-    def _make_request(self, text: str | None, token_ids: list[int] | None, params: SamplingParams | None) -> EngineRequest:
+    def _start(
+        self,
+        text: str | None,
+        token_ids: list[int] | None,
+        params: SamplingParams | None,
+        position: int,
+        news: deque[_Running],
+    ) -> _Running:
         self._num_requests += 1
         info, name = self._core.info, str(self._num_requests)
-        return make_request(info, self.tokenizer, text, token_ids, params, name, seeds=self._seeds)
+        request = make_request(info, self.tokenizer, text, token_ids, params, name, seeds=self._seeds)
+        self._core.add(request)
+        running = _Running(position, request, RequestAssembler(self.tokenizer, request, text), news)
+        self._running[name] = running
+        return running
 
-    def _stop_sequences(self, request: EngineRequest, assembler: RequestAssembler) -> None:
-        for index in assembler.take_stopped():
-            self._core.abort(request.request_id, index=index)
+    def _step(self) -> None:
+        """One step of the core, whose updates go to whoever waits for them: several iterators may be open at once."""
+        for update in self._core.step():
+            running = self._running.get(update.request_id)
+            if running is None:
+                continue
+            running.assembler.add(update)
+            running.is_invalid = update.is_invalid
+            for index in running.assembler.take_stopped():
+                self._core.abort(update.request_id, index=index)
+            running.news.append(running)
+
+    def _end(self, running: _Running) -> None:
+        self._core.abort(running.request.request_id)
+        self._running.pop(running.request.request_id, None)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request between its start and its end.
+
+    Attributes:
+        position: Of its prompt among those of the call.
+        request: As the core has it.
+        assembler: What has come of it.
+        news: Where it is put whenever something has come; shared by all requests of a call.
+        is_invalid: If it failed, it was its own fault.
+    """
+
+    position: int
+    request: EngineRequest
+    assembler: RequestAssembler
+    news: deque[_Running]
+    is_invalid: bool = False
+
+    def raise_failure(self, output: RequestOutput) -> None:
+        if output.error is not None:
+            raise InvalidRequestError(output.error) if self.is_invalid else RequestFailedError(output.error)
 
 
 class _Progress:
@@ -241,7 +287,7 @@ def _as_lists(
         raise InvalidRequestError("Give prompts, prompt_token_ids, or both.", param="prompts")
     texts = None if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
     token_ids = None if prompt_token_ids is None else list(prompt_token_ids)
-    if token_ids and isinstance(token_ids[0], int):
+    if token_ids and not all(isinstance(ids, Sequence) for ids in token_ids):
         raise InvalidRequestError(
             "prompt_token_ids must be a list of lists of token ids, one per prompt.", param="prompt_token_ids"
         )
@@ -255,6 +301,8 @@ def _as_lists(
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise InvalidRequestError("sampling_params must be a SamplingParams, or a list of them.", param="sampling_params")
     if len(params) != num_prompts:
         raise InvalidRequestError(
             f"{num_prompts} prompts and {len(params)} sampling parameters: give one for all, or one per prompt.",
@@ -268,8 +316,3 @@ def _refused(request_id: str, text: str | None, token_ids: list[int] | None, err
     return RequestOutput(
         request_id=request_id, prompt=text, prompt_token_ids=token_ids or [], outputs=[empty], finished=True, error=str(error)
     )
-
-
-def _raise_failure(output: RequestOutput, *, is_invalid: bool) -> None:
-    if output.error is not None:
-        raise InvalidRequestError(output.error) if is_invalid else RequestFailedError(output.error)

@@ -68,9 +68,10 @@ class LocalExecutor:
             return Done(error=error)
 
     def check(self) -> None:
-        """Nothing can be gone but itself."""
+        """Asks the device, which may be gone behind an error that looks like a request's."""
         if self._runner is None:
             raise EngineDeadError("The executor is closed or was never started.")
+        self._runner.check()
 
     def close(self) -> None:
         """Lets go of weights and cache."""

@@ -115,11 +115,13 @@ class KVManager:
         """The step succeeded."""
         self.cache.commit()
 
-    def rollback(self) -> None:
-        """The step failed. Its sequences must have been closed: some of their blocks were not computed."""
-        for block in self.cache.drop_pending():
+    def rollback(self) -> list[int]:
+        """The step failed. Returns the sequences that hold blocks which were not computed: they must be closed."""
+        dropped = set(self.cache.drop_pending())
+        for block in dropped:
             self.pool.discard(block)
         self._copies.clear()
+        return [sequence_id for sequence_id, table in self.tables.items() if not dropped.isdisjoint(table.blocks)]
 
     def check(self) -> None:
         """Asserts every invariant that ties tables, references and keys together."""

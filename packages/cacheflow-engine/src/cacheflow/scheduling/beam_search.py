@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, field
-from heapq import nlargest
 
 from cacheflow.interfaces import Sample
 from cacheflow.scheduling.sequence import Sequence
@@ -70,8 +69,8 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Continuations looked at in a step: enough that `width` live on even if all others finish."""
-        return max(2, 1 + len(self.stop_token_ids)) * self.width
+        """Continuations looked at per beam: however many of them finish it, `width` are left that don't."""
+        return self.width + len(self.stop_token_ids)
 
     def advance(self, beams: ReadOnly[Sequence], samples: ReadOnly[Sample]) -> list[Continuation]:
         """Takes the most likely continuations of each live beam; returns those that live on, best first. None: it is done."""
@@ -81,7 +80,7 @@ class BeamSearch:
             for i, (token_id, score, logprob) in enumerate(zip(sample.token_ids, sample.scores, sample.logprobs, strict=True))
             if score > float("-inf")
         )
-        best = nlargest(self.num_candidates, candidates, key=lambda c: c.score)
+        best = sorted(candidates, key=lambda c: c.score, reverse=True)
         num_tokens = len(beams[0].output_token_ids) + 1
         is_last = num_tokens >= self.max_tokens
         live = [] if is_last else [c for c in best if c.token_id not in self.stop_token_ids][: self.width]

@@ -6,6 +6,9 @@ from typing import ClassVar
 
 from cacheflow.interfaces import RequestView
 
+MAX_REMEMBERED = 4096
+"""Clients, and requests, whose round `Fair` remembers; one that is forgotten gains a turn at most."""
+
 
 class FCFS:
     """First come, first served; the latest arrival is preempted first. Nobody starves."""
@@ -60,6 +63,8 @@ class Fair:
 
     def key(self, view: RequestView) -> tuple[int, float, int]:
         """By round, then arrival."""
+        if max(len(self._last_round), len(self._round_of)) >= MAX_REMEMBERED:
+            self._forget_rounds_below(self._round + 1)
         turn = max(self._round, self._last_round.get(view.client_id, -1) + 1)
         self._last_round[view.client_id] = turn
         self._round_of[view.arrival_index] = turn
@@ -74,6 +79,9 @@ class Fair:
         turn = self._round_of.pop(view.arrival_index, self._round)
         if turn > self._round:
             self._round = turn
-            self._last_round = {client: last for client, last in self._last_round.items() if last >= turn}
-            self._round_of = {index: r for index, r in self._round_of.items() if r >= turn}
+            self._forget_rounds_below(turn)
         return budget
+
+    def _forget_rounds_below(self, turn: int) -> None:
+        self._last_round = {client: last for client, last in self._last_round.items() if last >= turn}
+        self._round_of = {index: r for index, r in self._round_of.items() if r >= turn}

@@ -69,6 +69,7 @@ class Scheduler:
         self._requests: dict[tuple[str, str], Request] = {}
         self._running: list[Request] = []
         self._waiting: list[Request] = []
+        self._num_dead = 0  # of the waiting: they are taken out when they come up, or are the majority
         self._scheduled: dict[int, tuple[Request, Sequence]] = {}
         self._finished_indices: list[int] = []
         self._blocked: Request | None = None
@@ -324,6 +325,8 @@ class Scheduler:
             heapq.heappop(self._waiting)
             if request.is_running:
                 yield request
+            else:
+                self._num_dead -= 1
 
     def _has_seats(self, request: Request) -> bool:
         num_taken = sum(r.source.params.num_sequences for r in self._running)
@@ -392,10 +395,23 @@ class Scheduler:
         """The step failed: nothing of it counts, and its requests wait again. Returns them, in order."""
         requests = {request.arrival_index: request for request, _ in self._scheduled.values()}
         self._scheduled.clear()
-        for request in requests.values():
-            self._preempt(request)
-        self.kv.rollback()
+        incomplete = set(self.kv.rollback())
+        for request in list(self._running):
+            if request.arrival_index in requests or any(s.id in incomplete for s in request.sequences):
+                self._preempt(request)
         return list(requests.values())
+
+    def reset(self) -> None:
+        """Forgets all blocks, in whatever state an interrupt left them: every request waits, and is computed anew."""
+        self.kv = KVManager(self.kv.pool.num_blocks, self.kv.block_size)
+        self._scheduled.clear()
+        self._running.clear()
+        for request in self._requests.values():
+            request.is_running = False
+            for sequence in request.sequences:
+                sequence.num_computed_tokens = 0
+        self._waiting = sorted(self._requests.values())
+        self._num_dead = 0
 
     def _append(self, request: Request, sequence: Sequence, sample: Sample, updates: dict[int, RequestUpdate]) -> None:
         token_id = sample.token_ids[0]
@@ -502,9 +518,15 @@ class Scheduler:
         request.sequences.remove(sequence)
 
     def _end_request(self, request: Request) -> None:
+        was_waiting = not request.is_running
         self._release(request)
         del self._requests[request.source.client_id, request.source.request_id]
         self._finished_indices.append(request.arrival_index)
+        if was_waiting:
+            self._num_dead += 1
+            if 2 * self._num_dead > len(self._waiting):
+                self._waiting = sorted(r for r in self._waiting if self.is_alive(r))
+                self._num_dead = 0
 
     def _release(self, request: Request) -> None:
         """A request stops running: its sequences lose their blocks."""

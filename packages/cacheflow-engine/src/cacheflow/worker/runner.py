@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cacheflow.errors import ConfigError, NotEnoughMemoryError
+from cacheflow.errors import ConfigError, EngineDeadError, NotEnoughMemoryError
 from cacheflow.interfaces import Capacity, KVCacheSpec, OpSpec, StepOutput
 from cacheflow.kvcache.plan import available_memory_bytes, bytes_per_block, cpu_budget_bytes, num_usable_cpus, plan_blocks
 from cacheflow.loading.dtype import choose_dtype
@@ -117,6 +117,14 @@ class Runner:
             for owner, sample in zip(batch.spec_owner, chosen, strict=True):
                 samples[owner].append(sample)
         return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs)
+
+    def check(self) -> None:
+        """Raises `EngineDeadError` if the device does not answer any more: a fault of CUDA stays until the process ends."""
+        if self._device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self._device)
+            except RuntimeError as error:
+                raise EngineDeadError(f"The GPU does not answer any more: {error}") from error
 
     def _forward(self, batch: ModelInput) -> torch.Tensor:
         """Hidden states of all rows, `[num_tokens, hidden_size]`."""
