@@ -124,11 +124,11 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
         ValueError: A cache that is not contiguous.
     """
     pairs = pairs.contiguous()
-    for cache in caches:
-        if not cache.is_contiguous():
-            raise ValueError(f"caches must be contiguous, got strides {cache.stride()} for {list(cache.shape)}.")
-        block_bytes = cache.stride(0) * cache.element_size()
-        _kernels().cf_copy_blocks(cache.data_ptr(), block_bytes, pairs.data_ptr(), len(pairs))
+    for blocks in caches:
+        if not blocks.is_contiguous():
+            raise ValueError(f"caches must be contiguous, got strides {blocks.stride()} for {list(blocks.shape)}.")
+        block_bytes = blocks.stride(0) * blocks.element_size()
+        _kernels().cf_copy_blocks(blocks.data_ptr(), block_bytes, pairs.data_ptr(), len(pairs))
 
 
 def paged_attention(
@@ -171,12 +171,10 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
 
 def _cache_of(k_cache: Tensor, v_cache: Tensor) -> Cache:
-    _, _, block_size, head_size = k_cache.shape
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride()[1:] != (block_size * head_size, head_size, 1) or cache.stride(0) != k_cache.stride(0):
-            raise ValueError(
-                f"{name} must be contiguous within each block, got strides {cache.stride()} for {list(cache.shape)}."
-            )
-    if head_size > MAX_HEAD_SIZE:
-        raise ValueError(f"k_cache must have heads of at most {MAX_HEAD_SIZE} elements, got {head_size}.")
+    for name, blocks in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not blocks[:1].is_contiguous() or blocks.stride(0) != k_cache.stride(0):
+            strides = blocks.stride()
+            raise ValueError(f"{name} must be contiguous within each block, got strides {strides} for {list(blocks.shape)}.")
+    if k_cache.shape[3] > MAX_HEAD_SIZE:
+        raise ValueError(f"k_cache must have heads of at most {MAX_HEAD_SIZE} elements, got {k_cache.shape[3]}.")
     return Cache(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0))

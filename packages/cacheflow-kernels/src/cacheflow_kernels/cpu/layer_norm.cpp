@@ -3,7 +3,7 @@
 
 #include "elements.h"
 
-constexpr int64_t MIN_PARALLEL = 1 << 15;  // elements; below, starting the threads costs more than they save
+constexpr int64_t MIN_PARALLEL = 1 << 15;  // elements; estimated, not measured: below, starting the threads costs more
 
 #define SOURCE "layer_norm.cpp"
 #include "each_level.h"
@@ -19,7 +19,8 @@ extern "C" void cf_layer_norm(
 
 template <class T>
 static void layer_norm(
-    const void* x, int64_t x_stride, const void* weight, const void* bias, void* out, int64_t num_rows, int64_t size, float eps) {
+    const void* x, int64_t x_stride, const void* weight, const void* bias, void* out, int64_t num_rows, int64_t size,
+    float eps) {
 #pragma omp parallel for schedule(static) if (num_rows * size >= MIN_PARALLEL)
     for (int64_t row = 0; row < num_rows; row++) {
         const T *from = static_cast<const T*>(x) + row * x_stride, *scale = static_cast<const T*>(weight);

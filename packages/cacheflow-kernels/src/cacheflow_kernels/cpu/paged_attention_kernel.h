@@ -12,13 +12,11 @@ constexpr bool PAIRS = HAS_BF16_DOT && std::is_same_v<T, BFloat16>;
 constexpr int KEY_STEP = HAS_BF16_DOT ? 32 : LANES;  // a block's keys are filled up to a multiple: 16 pairs for the matrix unit
 
 // Four bytes of a packed operand: a float, or a pair of bfloat16.
-INLINE Floats multiply_add(Floats sum, const uint32_t* broadcast, Ints operand, std::true_type) {
 #if HAS_BF16_DOT
+INLINE Floats multiply_add(Floats sum, const uint32_t* broadcast, Ints operand, std::true_type) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(*broadcast), (__m512bh)operand);
-#else
-    return sum;
-#endif
 }
+#endif
 
 INLINE Floats multiply_add(Floats sum, const uint32_t* broadcast, Ints operand, std::false_type) {
     float value;
@@ -82,7 +80,9 @@ struct alignas(64) TileShapes {
 // Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 of b.
 INLINE void shape_tiles(int64_t first, int64_t second) {
     TileShapes shapes;
-    for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = tile >= 6 ? 16 : tile == 2 || tile == 3 || tile == 5 ? second : first;
+    for (int tile : {0, 1, 4}) shapes.rows[tile] = first;
+    for (int tile : {2, 3, 5}) shapes.rows[tile] = second;
+    for (int tile : {6, 7}) shapes.rows[tile] = 16;
     asm volatile("" : : "r"(&shapes) : "memory");  // gcc believes that the next instruction reads 8 bytes of it
     _tile_loadconfig(&shapes);
 }
@@ -192,7 +192,8 @@ void multiply_matrices(
     }
 }
 
-constexpr int64_t MIN_MATRIX_ROWS = 3;  // below, dot products take less time: 20 against 28 ns a key at 1 row, 36 to 32 at 4
+// With 4 rows of 128 elements the matrix unit takes 30 ns a key and dot products take 37; with 1 row it is the other way round.
+constexpr int64_t MIN_MATRIX_ROWS = 3;
 #endif
 
 // Gives the matrix unit back: torch sets it up for itself.
@@ -279,8 +280,9 @@ template <class T>
 void pack_keys(
     const T* const* rows, const T* const* next, int64_t num_keys, int64_t head_size, int64_t num_words, uint32_t* packed) {
     for (int64_t key = 0; key < num_keys; key += LANES) {
-        prefetch(next + key, LANES, head_size);
         for (int64_t word = 0; word < num_words; word += LANES) {
+            const int64_t first = word * LANES / num_words;
+            prefetch(next + key + first, (word + LANES) * LANES / num_words - first, head_size);
             Ints square[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) square[i] = load_words(rows[key + i], word, head_size);
@@ -360,7 +362,10 @@ INLINE void soften(
         score = layer.soft_cap ? bent(score * layer.scale, layer.soft_cap) * LOG2_E : score * scale;
         const Ints position = lane + int32_t(key);
         if (layer.alibi_slopes) score += slope * __builtin_convertvector(position - int32_t(distance), Floats);
-        if (key < low || key + LANES > high) score = (position >= int32_t(low)) & (position < int32_t(high)) ? score : splat(-INFINITY);
+        if (key < low || key + LANES > high) {
+            const Ints is_visible = (position >= int32_t(low)) & (position < int32_t(high));
+            score = is_visible ? score : splat(-INFINITY);
+        }
         store_raw(scores + key, score);
         largest = larger(largest, score);
     }
@@ -370,7 +375,7 @@ INLINE void soften(
     const float reference = now == -INFINITY ? 0.0f : now;
     Floats total{};
     for (int64_t key = 0; key < num_keys; key += LANES) {
-        Floats p = power_of_two(load_raw<Floats>(scores + key) - reference);
+        Floats p = power_of_two<!PAIRS<T>>(load_raw<Floats>(scores + key) - reference);
         if constexpr (PAIRS<T>) {
             auto narrowed = narrow(p, BFloat16{});
             store_raw(reinterpret_cast<uint16_t*>(tile.probabilities + row * KEYS) + key, narrowed);
@@ -420,8 +425,8 @@ void attend(
     for (int64_t row = 0; row < rows; row++) {
         const int64_t head = kv_head * group + row % group;
         const T* from = q + (token + row / group) * q_stride + head * head_size;
-        for (int64_t i = 0; i < num_words; i += LANES)
-            store(reinterpret_cast<float*>(tile.queries + row * num_words) + i, (Floats)load_words(from, i, head_size), num_words - i);
+        float* query = reinterpret_cast<float*>(tile.queries + row * num_words);
+        for (int64_t i = 0; i < num_words; i += LANES) store(query + i, (Floats)load_words(from, i, head_size), num_words - i);
         tile.slopes[row] = layer.alibi_slopes ? layer.alibi_slopes[head] : 0.0f;
         tile.maxima[row] = -INFINITY;
         tile.sums[row] = 0;
@@ -484,7 +489,8 @@ static void paged_attention(
     const Batch& batch, const Layer& layer, const void* q, int64_t q_stride, const Cache& cache, void* out) {
     const Work work = divide(batch, layer);
     const int64_t partial_size = layer.num_heads * (layer.head_size + 2);
-    float* parts = reinterpret_cast<float*>(partials.of(std::max<int64_t>(1, work.num_partials * partial_size) * sizeof(float)));
+    const size_t partial_bytes = work.num_partials * partial_size * sizeof(float);
+    float* parts = reinterpret_cast<float*>(partials.of(partial_bytes));
     const int64_t num_items = work.items.size() * layer.num_kv_heads, num_merges = work.merges.size() * layer.num_heads;
 #pragma omp parallel if (work.multiply_adds > MIN_PARALLEL)
     {
@@ -492,7 +498,8 @@ static void paged_attention(
         for (int64_t i = 0; i < num_items; i++) {
             const Item& item = work.items[i / layer.num_kv_heads];
             float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
-            attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, i % layer.num_kv_heads, partial, static_cast<T*>(out));
+            const int64_t kv_head = i % layer.num_kv_heads;
+            attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, kv_head, partial, static_cast<T*>(out));
         }
         release_matrices();
 #pragma omp for schedule(static)

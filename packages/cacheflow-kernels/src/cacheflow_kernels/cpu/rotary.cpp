@@ -4,7 +4,7 @@
 
 #include "elements.h"
 
-constexpr int64_t MIN_PARALLEL = 1 << 15;  // elements; below, starting the threads costs more than they save
+constexpr int64_t MIN_PARALLEL = 1 << 15;  // elements; estimated, not measured: below, starting the threads costs more
 constexpr int64_t MAX_ROTARY_SIZE = 1024;
 
 #define SOURCE "rotary.cpp"
@@ -15,7 +15,8 @@ extern "C" void cf_rotary(
     void* q, int64_t q_stride, int64_t q_heads, void* k, int64_t k_stride, int64_t k_heads, const int64_t* positions,
     const float* cos_sin, int64_t num_tokens, int64_t head_size, int64_t rotary_size, int32_t is_neox, int32_t dtype) {
     CALL_AT_LEVEL(
-        rotary, dtype, q, q_stride, q_heads, k, k_stride, k_heads, positions, cos_sin, num_tokens, head_size, rotary_size, is_neox)
+        rotary, dtype, q, q_stride, q_heads, k, k_stride, k_heads, positions, cos_sin, num_tokens, head_size, rotary_size,
+        is_neox)
 }
 
 #else
