@@ -62,7 +62,8 @@ def options(dataclass_type: type[Any]) -> str:
     rows = []
     for entry in fields(dataclass_type):
         names = ", ".join(f"`{flag}`" for flag in (flag_of(entry.name), *entry.metadata["flags"]))
-        default = "" if entry.default is None else f"`{entry.default}`"
+        value = ", ".join(entry.default) if isinstance(entry.default, tuple) else entry.default
+        default = "" if value in (None, "") else f"`{value}`"
         choices = entry.metadata["choices"]
         text = entry.metadata["help"] + (f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else "")
         rows.append((names, default, entry.metadata["unit"] or "", text))

@@ -7,8 +7,10 @@ python examples/offline_inference.py --model demo        # a small chat model th
 from __future__ import annotations
 
 import argparse
+import sys
 
 from cacheflow import LLM, SamplingParams
+from cacheflow.errors import CacheflowError
 
 parser = argparse.ArgumentParser(description="Offline batched inference.")
 parser.add_argument("--model", default="facebook/opt-125m", help='A hub name, a folder, a GGUF file, or "demo".')
@@ -22,7 +24,10 @@ prompts = [
 ]
 sampling_params = SamplingParams(temperature=0.8, top_p=0.95)
 
-llm = LLM(model=arguments.model)
+try:
+    llm = LLM(model=arguments.model)
+except CacheflowError as error:
+    sys.exit(f"Error: {error}")
 
 # The outputs come in the order of the prompts.
 outputs = llm.generate(prompts, sampling_params)

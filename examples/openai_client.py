@@ -6,8 +6,9 @@ Start the server first: python -m cacheflow.entrypoints.openai.openai_frontend -
 from __future__ import annotations
 
 import argparse
+import sys
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 
 def main() -> None:
@@ -41,4 +42,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except APIConnectionError as error:
+        sys.exit(f"No server answers ({error}). Start one, or name its address with --base-url.")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 
@@ -59,4 +61,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HTTPError as error:
+        sys.exit(f"The server refused: {error.read().decode()}")
+    except URLError as error:
+        sys.exit(f"No server answers ({error.reason}). Start one, or name its address with --base-url.")

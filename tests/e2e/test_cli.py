@@ -230,7 +230,51 @@ def test_commands_of_other_packages_are_listed_without_being_imported_and_run(tm
     assert cacheflow("hello", PYTHONPATH=str(tmp_path)).stdout == "imported\nhello\n"
 
 
-def test_serving_a_frontend_that_is_not_installed_names_the_package() -> None:
+def test_serving_a_frontend_that_does_not_exist_names_those_that_are_installed() -> None:
     result = cacheflow("serve", "nothing")
     assert result.returncode == 2
-    assert "No such command 'nothing'" in result.stderr
+    assert "There is no frontend 'nothing'. Installed: openai, simple." in result.stderr
+
+
+def test_other_libraries_information_stays_out_of_the_log(tiny_llama: Path) -> None:
+    program = (
+        "import logging; from cacheflow.cli import main; from cacheflow import llm\n"
+        "real = llm.LLM\n"
+        "def load(**options):\n    logging.getLogger('torch').info('of torch')\n    return real(**options)\n"
+        "llm.LLM = load\n"
+        f"main(['generate', '--model', {str(tiny_llama)!r}, *{SMALL!r}, 'Hello'])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert "of torch" not in result.stderr
+    assert "INFO cacheflow." in result.stderr
+
+
+def test_a_resumed_run_draws_what_an_unbroken_one_draws_and_takes_no_texts_of_other_parameters(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    prompts = write_lines(tmp_path / "in.txt", *["Hello"] * 4)
+    output = tmp_path / "out.jsonl"
+    arguments = ("--input", prompts, "--output", output, "--temperature", "1", "--ignore-eos")
+    assert generate(tiny_llama, *arguments, "--max-tokens", "6").returncode == 0
+    texts = texts_of(output)
+    assert len(set(texts.values())) > 1
+    kept = [line for line in output.read_text().splitlines(keepends=True) if json.loads(line)["index"] in (0, 2)]
+    output.write_text("".join(kept))
+    assert generate(tiny_llama, *arguments, "--max-tokens", "6").returncode == 0
+    assert texts_of(output) == texts
+    content = output.read_bytes()
+    refused = generate(tiny_llama, *arguments, "--max-tokens", "5")
+    assert refused.returncode == 1
+    assert "Choose another --output, or delete it" in refused.stderr
+    assert output.read_bytes() == content
+
+
+def test_the_offline_example_ends_on_an_error_of_ours_in_one_line(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "offline_inference.py"
+    result = subprocess.run(
+        [sys.executable, example, "--model", tmp_path / "nothing-here"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in result.stderr

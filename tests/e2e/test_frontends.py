@@ -47,10 +47,10 @@ COMPLETIONS_CURL = """curl http://localhost:8000/v1/completions \\
 class Program:
     """A Python module that runs as a process, with its output in files."""
 
-    def __init__(self, folder: Path, module: str, *arguments: str, hub_cache: Path) -> None:
+    def __init__(self, folder: Path, module: str, *arguments: str, hub_cache: Path, code: str | None = None) -> None:
         folder.mkdir(parents=True)
         self._out, self._err = folder / "out", folder / "err"
-        self.command = [sys.executable, "-m", module, *arguments]
+        self.command = [sys.executable, *(("-m", module) if code is None else ("-c", code)), *arguments]
         environment = {**os.environ, "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(self.command, stdout=out, stderr=err, cwd=ROOT, env=environment, text=True)
@@ -228,7 +228,8 @@ def test_two_frontends_share_an_engine_and_clients_that_go_free_its_blocks(tmp_p
             curl.communicate()
     finally:
         for program in reversed(programs):
-            program.stop()
+            assert program.stop() == 0
+    assert not (tmp_path / "engine").exists(), "the socket's file was left behind"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -279,6 +280,55 @@ def test_when_the_engine_is_killed_streams_go_on_to_the_same_text(
         assert program.stop() == 0
     finally:
         program.stop()
+
+
+@pytest.mark.parametrize(("module", "path"), [(SIMPLE, "/generate"), (OPENAI, "/v1/completions")])
+def test_answers_that_outlast_the_grace_end_with_an_error_of_their_own(
+    tmp_path: Path, hub_cache: Path, module: str, path: str
+) -> None:
+    code = f"from cacheflow.entrypoints import launch; launch.GRACE_S = 0; import {module} as m; m.main()"
+    program = Program(tmp_path / "program", module, "--port", "0", *SMALL, hub_cache=hub_cache, code=code)
+    try:
+        url = program.wait_for_url()
+        long = {"prompt": "Hello", "max_tokens": 480, "ignore_eos": True, "n": 8, "temperature": 0}
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("localhost", port)) as whole:
+            body = json.dumps(long).encode()
+            whole.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(body)) + body)
+            command = ["curl", "-sN", url + path, "-H", "content-type: application/json", "-d"]
+            with subprocess.Popen([*command, json.dumps(long | {"stream": True})], stdout=subprocess.PIPE) as curl:
+                assert curl.stdout is not None
+                first = curl.stdout.read(1)
+                assert program.stop() == 0
+                streamed = (first + curl.stdout.read()).decode()
+            assert curl.returncode == 0
+            whole.settimeout(DEADLINE_S)
+            head, _, document = whole.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        error = json.loads(document)["error"]
+        assert error["code"] == "engine_unavailable"
+        if module == SIMPLE:
+            last = streamed.split("\0")[-2]
+        else:
+            assert streamed.endswith("data: [DONE]\n\n")
+            last = streamed.split("\n\n")[-3].removeprefix("data: ")
+        assert json.loads(last)["error"] == error
+    finally:
+        program.stop()
+
+
+def test_an_example_without_a_server_says_so_in_a_sentence() -> None:
+    url = f"http://localhost:{free_port()}"
+    for python, script in (
+        (sys.executable, "simple_fastapi_client.py"),
+        (ROOT / ".venvs" / "openai-current" / "bin" / "python", "openai_client.py"),
+    ):
+        done = subprocess.run(
+            [python, ROOT / "examples" / script, "--base-url", url], capture_output=True, text=True, timeout=DEADLINE_S
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("No server answers (")
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_taken_port_is_one_sentence(tmp_path: Path, hub_cache: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from cacheflow import async_server
 from cacheflow.async_server import AsyncLLMServer
 from cacheflow.config import EngineConfig
 from cacheflow.errors import (
@@ -126,6 +128,24 @@ async def stats_when(server: AsyncLLMServer, is_so: Callable[[EngineStats], bool
     while not is_so(stats := await server.stats()):
         await asyncio.sleep(0.01)
     return stats
+
+
+def test_a_long_text_is_tokenised_beside_the_event_loop(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    async def work(server: AsyncLLMServer) -> None:
+        encode = server.tokenizer.encode
+        monkeypatch.setattr(server.tokenizer, "encode", lambda text: threads.append(threading.current_thread()) or encode(text))
+        short = await last_output(server, "Hello", GREEDY)
+        monkeypatch.setattr(async_server, "LONG_TEXT", 4)
+        long = await last_output(server, "Hello", GREEDY)
+        assert long.outputs[0].token_ids == short.outputs[0].token_ids
+        with pytest.raises(InvalidRequestError):
+            await last_output(server, "Hello" * 1000, GREEDY)
+
+    with_server(lambda: AsyncLLMServer.connect(service.address), work)
+    assert threads[0] is threading.main_thread()
+    assert threading.main_thread() not in threads[1:]
 
 
 def is_idle(stats: EngineStats) -> bool:

@@ -44,8 +44,8 @@ class AppClient:
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         return self._loop.run(self._request(method, path, options))
 
-    def get(self, path: str) -> httpx.Response:
-        return self.request("GET", path)
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("GET", path, **options)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         return self.request("POST", path, **options)

@@ -9,6 +9,7 @@ import pytest
 
 from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
 
+ORIGIN = {"origin": "https://a.example"}
 MODEL = "facebook/opt-125m"
 
 
@@ -297,3 +298,22 @@ def test_a_client_that_hangs_up_frees_its_blocks(client: Any, engine: Any, loop:
     stats = loop.run(engine.stats())
     assert stats.num_running == stats.num_waiting == 0
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+
+
+def test_without_allowed_origins_there_are_no_cors_headers(client: Any) -> None:
+    assert not [name for name in client.get("/health", headers=ORIGIN).headers if name.startswith("access-control")]
+
+
+def test_a_page_of_an_allowed_origin_may_call(engine: Any, app_client: Any) -> None:
+    options = OpenAIOptions(
+        allowed_origins=("https://a.example",), allow_credentials=True, allowed_methods=("POST",), allowed_headers=("x-a",)
+    )
+    client = app_client(OpenAIFrontend.create_app(engine, options))
+    headers = client.get("/health", headers=ORIGIN).headers
+    assert headers["access-control-allow-origin"] == "https://a.example"
+    assert headers["access-control-allow-credentials"] == "true"
+    asked = {**ORIGIN, "access-control-request-method": "POST", "access-control-request-headers": "x-a"}
+    assert client.request("OPTIONS", "/v1/completions", headers=asked).status_code == 200
+    refused = {**ORIGIN, "access-control-request-method": "PUT"}
+    assert client.request("OPTIONS", "/v1/completions", headers=refused).status_code == 400
+    assert "access-control-allow-origin" not in client.get("/health", headers={"origin": "https://b.example"}).headers

@@ -11,6 +11,7 @@ import pytest
 from cacheflow.types import SAMPLING_FIELDS, CompletionOutput, SamplingParams
 from cacheflow_server.app import SimpleFrontend, SimpleOptions
 
+ORIGIN = {"origin": "https://a.example"}
 QUICKSTART_BODY = b"""{
             "prompt": "San Francisco is a",
             "use_beam_search": true,
@@ -78,12 +79,26 @@ def test_every_sampling_parameter_is_accepted(client: Any) -> None:
         "n": 1, "best_of": 2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "temperature": 0.7,
         "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 1, "use_beam_search": False, "length_penalty": 1.0,
         "early_stopping": False, "stop": ["zzz"], "stop_token_ids": [5], "include_stop_str_in_output": True, "ignore_eos": True,
-        "max_tokens": 4, "min_tokens": 2, "logprobs": 2, "prompt_logprobs": 1, "logit_bias": {"7": 1.5},
+        "max_tokens": 4, "min_tokens": 2, "logit_bias": {"7": 1.5},
         "allowed_token_ids": list(range(4, 300)), "bad_words": ["bad"], "skip_special_tokens": False, "extra": {},
     }  # fmt: skip
-    assert set(values) == set(SAMPLING_FIELDS)
+    assert set(values) == set(SAMPLING_FIELDS) - {"logprobs", "prompt_logprobs"}
     answer = client.post("/generate", json={"prompt": "Hello", **values})
     assert answer.status_code == 200, answer.text
+
+
+def test_a_null_means_the_default(client: Any) -> None:
+    nulls = dict.fromkeys(("stream", *SAMPLING_FIELDS))
+    nulls.pop("temperature")
+    plain = {"prompt": "Hello", "temperature": 0}
+    assert client.post("/generate", json={**plain, **nulls}).json() == client.post("/generate", json=plain).json()
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_log_probabilities_are_left_to_the_openai_frontend(client: Any, name: str) -> None:
+    error = refusal(client, {"prompt": "a", name: 1})
+    assert error["param"] == name
+    assert "cacheflow serve openai" in error["message"]
 
 
 def test_logit_bias_takes_token_ids_as_json_must_write_them(client: Any, engine: Any) -> None:
@@ -154,3 +169,22 @@ def test_a_client_that_hangs_up_frees_its_blocks(client: Any, engine: Any, loop:
     stats = loop.run(engine.stats())
     assert stats.num_running == stats.num_waiting == 0
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+
+
+def test_without_allowed_origins_there_are_no_cors_headers(client: Any) -> None:
+    assert not [name for name in client.get("/health", headers=ORIGIN).headers if name.startswith("access-control")]
+
+
+def test_a_page_of_an_allowed_origin_may_call(engine: Any, app_client: Any) -> None:
+    options = SimpleOptions(
+        allowed_origins=("https://a.example",), allow_credentials=True, allowed_methods=("POST",), allowed_headers=("x-a",)
+    )
+    client = app_client(SimpleFrontend.create_app(engine, options))
+    headers = client.get("/health", headers=ORIGIN).headers
+    assert headers["access-control-allow-origin"] == "https://a.example"
+    assert headers["access-control-allow-credentials"] == "true"
+    asked = {**ORIGIN, "access-control-request-method": "POST", "access-control-request-headers": "x-a"}
+    assert client.request("OPTIONS", "/generate", headers=asked).status_code == 200
+    refused = {**ORIGIN, "access-control-request-method": "PUT"}
+    assert client.request("OPTIONS", "/generate", headers=refused).status_code == 400
+    assert "access-control-allow-origin" not in client.get("/health", headers={"origin": "https://b.example"}).headers

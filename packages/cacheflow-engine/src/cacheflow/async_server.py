@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from types import TracebackType
 
 from cacheflow.config import EngineConfig
@@ -23,6 +24,9 @@ from cacheflow.text.tokenizer import Tokenizer
 from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+LONG_TEXT = 20_000
+"""Prompts with more characters are tokenised in a thread, so that the event loop is not held up."""
 
 
 class AsyncLLMServer:
@@ -116,8 +120,8 @@ class AsyncLLMServer:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates for one prompt; each output has everything so far, the last one is `finished`.
 
-        The request is checked at once and sent when iteration begins. Leaving the iterator early, by `break`, an exception or
-        cancellation, aborts it.
+        The request is checked at once, or when iteration begins if it is a text of over `LONG_TEXT` characters, and sent when
+        iteration begins. Leaving the iterator early, by `break`, an exception or cancellation, aborts it.
 
         Args:
             prompt: Text, or token ids that are taken as they are.
@@ -133,7 +137,8 @@ class AsyncLLMServer:
             EngineDeadError: The engine ended or can't be reached.
         """
         text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        request = make_request(
+        make = partial(
+            make_request,
             self.model_info,
             self.tokenizer,
             text,
@@ -144,8 +149,9 @@ class AsyncLLMServer:
             cache_salt=cache_salt,
             client_id=self._client.client_id,
         )
-        logger.debug("Request %s: prompt %r, %s", request.request_id, prompt, request.params)
-        return self._stream(request, text)
+        if text is not None and len(text) > LONG_TEXT:
+            return self._stream_long(make, text)
+        return self._stream(make(), text)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives a last output with the finish reason "abort". An unknown id is ignored."""
@@ -167,7 +173,14 @@ class AsyncLLMServer:
         if self._process is not None:
             await self._process.close()
 
+    async def _stream_long(self, make: Callable[[], EngineRequest], prompt: str) -> AsyncGenerator[RequestOutput, None]:
+        request = await asyncio.to_thread(make)
+        async with contextlib.aclosing(self._stream(request, prompt)) as outputs:
+            async for output in outputs:
+                yield output
+
     async def _stream(self, request: EngineRequest, prompt: str | None) -> AsyncGenerator[RequestOutput, None]:
+        logger.debug("Request %s: prompt %r, %s", request.request_id, prompt or request.prompt_token_ids, request.params)
         assembler = RequestAssembler(self.tokenizer, request, prompt)
         async with contextlib.aclosing(self._client.submit(request)) as updates:
             async for update in updates:

@@ -156,10 +156,12 @@ class SamplingParams:
             "best_of",
             self.best_of,
             self.best_of is None or (_is_int(self.best_of) and self.n <= self.best_of <= MAX_N),
-            f"None or a whole number from n ({self.n}) to {MAX_N}",
+            f"left out or a whole number from n ({self.n}) to {MAX_N}",
         )
         limit = self.max_tokens
-        _check("max_tokens", limit, limit is None or (_is_int(limit) and limit >= 1), "None or a whole number of at least 1")
+        _check(
+            "max_tokens", limit, limit is None or (_is_int(limit) and limit >= 1), "left out or a whole number of at least 1"
+        )
         _check(
             "min_tokens",
             self.min_tokens,
@@ -169,9 +171,12 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             valid = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
-            _check(name, value, valid, f"None or a whole number from 0 to {MAX_LOGPROBS}")
+            _check(name, value, valid, f"left out or a whole number from 0 to {MAX_LOGPROBS}")
         _check(
-            "seed", self.seed, self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63), "None or 0 to 2**63 - 1"
+            "seed",
+            self.seed,
+            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
+            "left out or 0 to 2**63 - 1",
         )
 
     def _check_distribution(self) -> None:
@@ -210,14 +215,14 @@ class SamplingParams:
         valid = ids is None or (
             _is_sequence(ids, MAX_ALLOWED_TOKEN_IDS) and bool(ids) and all(_is_int(t) and t >= 0 for t in ids)
         )
-        _check("allowed_token_ids", ids, valid, f"None or 1 to {MAX_ALLOWED_TOKEN_IDS} token ids")
+        _check("allowed_token_ids", ids, valid, f"left out or 1 to {MAX_ALLOWED_TOKEN_IDS} token ids")
         bias = self.logit_bias
         valid = bias is None or (
             isinstance(bias, Mapping)
             and len(bias) <= MAX_LOGIT_BIAS
             and all(_is_int(k) and k >= 0 and _is_number(v) and -100 <= v <= 100 for k, v in bias.items())
         )
-        _check("logit_bias", bias, valid, f"None or at most {MAX_LOGIT_BIAS} token ids with values from -100 to 100")
+        _check("logit_bias", bias, valid, f"left out or at most {MAX_LOGIT_BIAS} token ids with values from -100 to 100")
         valid = (
             isinstance(self.extra, Mapping)
             and len(self.extra) <= MAX_EXTRA_ENTRIES

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from cacheflow.asgi import answer_for, error_document, read_json_object, send_stream, while_connected
@@ -49,6 +50,12 @@ class OpenAIOptions:
     port: int = option(8000, "The port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     served_model_name: str | None = option(None, "What clients call the model. Default: its name.")
     max_body_bytes: int = option(8 * 2**20, "The largest request body.", minimum=1024, unit="bytes")
+    allow_credentials: bool = option(False, "Browsers may send cookies and such along (CORS).")
+    allowed_origins: tuple[str, ...] = option(
+        (), "Web pages of these origins may call (CORS): a JSON list or separated by commas; * is all. Default: none."
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "With these HTTP methods.")
+    allowed_headers: tuple[str, ...] = option(("*",), "With these HTTP headers.")
 
     def __post_init__(self) -> None:
         validate_options(self)
@@ -65,6 +72,14 @@ class OpenAIFrontend:
         """The ASGI application."""
         # No /docs and /redoc: these pages would fetch scripts from other hosts.
         app = FastAPI(title="cacheflow", docs_url=None, redoc_url=None)
+        if options.allowed_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=options.allowed_origins,
+                allow_credentials=options.allow_credentials,
+                allow_methods=options.allowed_methods,
+                allow_headers=options.allowed_headers,
+            )
         errors.install(app)
         model = options.served_model_name or engine.model_info.model
         card = model_card(engine.model_info, model, int(time.time()))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from cacheflow.asgi import answer_for, error_document, read_json_object, send_stream, while_connected
@@ -40,6 +41,12 @@ class SimpleOptions:
     host: str = option("localhost", "The address to listen on.")
     port: int = option(8001, "The port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     max_body_bytes: int = option(8 * 2**20, "The largest request body.", minimum=1024, unit="bytes")
+    allow_credentials: bool = option(False, "Browsers may send cookies and such along (CORS).")
+    allowed_origins: tuple[str, ...] = option(
+        (), "Web pages of these origins may call (CORS): a JSON list or separated by commas; * is all. Default: none."
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "With these HTTP methods.")
+    allowed_headers: tuple[str, ...] = option(("*",), "With these HTTP headers.")
 
     def __post_init__(self) -> None:
         validate_options(self)
@@ -56,6 +63,14 @@ class SimpleFrontend:
         """The ASGI application."""
         # No /docs and /redoc: these pages would fetch scripts from other hosts.
         app = FastAPI(title="cacheflow", docs_url=None, redoc_url=None)
+        if options.allowed_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=options.allowed_origins,
+                allow_credentials=options.allow_credentials,
+                allow_methods=options.allowed_methods,
+                allow_headers=options.allowed_headers,
+            )
 
         @app.get("/health")
         async def health() -> dict[str, str]:

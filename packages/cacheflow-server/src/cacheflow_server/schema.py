@@ -1,4 +1,4 @@
-"""What `POST /generate` accepts. It knows no HTTP and no engine."""
+"""What `POST /generate` accepts. A null stands for the default. It knows no HTTP and no engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
 from cacheflow.types import SAMPLING_FIELDS, SamplingParams
 
-FIELDS = ("prompt", "stream", *SAMPLING_FIELDS)
+LOST_FIELDS = ("logprobs", "prompt_logprobs")
+"""Sampling parameters whose results have no place in an answer that is texts."""
+FIELDS = ("prompt", "stream", *(name for name in SAMPLING_FIELDS if name not in LOST_FIELDS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,14 @@ def parse(document: dict[str, Any]) -> GenerateRequest:
     Raises:
         InvalidRequestError: Naming the first field that is unknown, missing or out of its range.
     """
+    document = {name: value for name, value in document.items() if value is not None or name not in (*FIELDS, *LOST_FIELDS)}
     for name in document:
+        if name in LOST_FIELDS:
+            raise InvalidRequestError(
+                f"{name} has no place in an answer of /generate. Leave it out, or use the OpenAI frontend: "
+                "`cacheflow serve openai`, POST /v1/completions.",
+                param=name,
+            )
         if name not in FIELDS:
             close = difflib.get_close_matches(name[:64], FIELDS, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(FIELDS)}."

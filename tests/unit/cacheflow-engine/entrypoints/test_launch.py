@@ -10,7 +10,7 @@ from cacheflow.errors import PluginError
 
 def test_a_frontend_that_is_not_installed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_plugins", lambda group: {})
-    with pytest.raises(PluginError, match="pip install cacheflow-server"):
+    with pytest.raises(PluginError, match="pip install ./packages/cacheflow-server"):
         launch.frontend_command("simple")
     with pytest.raises(PluginError, match="The frontend 'other' is not installed"):
         launch.frontend_command("other")
@@ -24,7 +24,7 @@ def test_a_program_whose_frontend_is_missing_ends_with_code_1(
         launch.main("openai", [])
     assert end.value.code == 1
     assert capsys.readouterr().err == (
-        "Error: The frontend 'openai' is not installed. Install it with: pip install cacheflow-openai\n"
+        "Error: The frontend 'openai' is not installed. In a clone of cacheflow: pip install ./packages/cacheflow-openai\n"
     )
 
 
@@ -33,3 +33,10 @@ def test_a_frontends_command_has_its_own_options_and_the_engines(name: str) -> N
     options = [parameter.name for parameter in launch.frontend_command(name).params]
     assert {"host", "port", "max_body_bytes", "engine", "model", "max_num_seqs"} <= set(options)
     assert len(options) == len(set(options))
+
+
+def test_a_flag_of_the_original_that_is_gone_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        launch.main("simple", ["--use-np-weights"])
+    assert end.value.code == 2
+    assert "There is no --use-np-weights any more: safetensors files are memory-mapped" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+import pytest
 from click.testing import CliRunner, Result
 
 from cacheflow.config import EngineConfig, option, validate_options
@@ -19,6 +20,7 @@ class Some:
     kind: str = option("a", "Which kind.", choices=("a", "b"))
     is_quiet: bool = option(False, "No words.")
     has_color: bool = option(True, "Colours.")
+    names: tuple[str, ...] = option((), "Which ones.")
     internal: int = 5
 
     def __post_init__(self) -> None:
@@ -41,6 +43,18 @@ def test_without_arguments_the_defaults_hold() -> None:
 def test_every_kind_of_field_is_parsed() -> None:
     result = invoke("-nt", "7", "--share", "0.5", "--kind", "b", "--is-quiet", "--no-has-color")
     assert result.output.strip() == repr(Some(num_things=7, share=0.5, kind="b", is_quiet=True, has_color=False))
+
+
+@pytest.mark.parametrize("value", ["a,b", " a , b,", '["a", "b"]'])
+def test_a_list_is_json_or_separated_by_commas(value: str) -> None:
+    assert invoke("--names", value).output.strip() == repr(Some(names=("a", "b")))
+
+
+@pytest.mark.parametrize("value", ['["a"', "[1]"])
+def test_a_list_that_is_none_is_a_usage_error(value: str) -> None:
+    result = invoke("--names", value)
+    assert result.exit_code == 2
+    assert "--names" in result.output
 
 
 def test_a_value_out_of_range_is_a_usage_error_with_the_range() -> None:

@@ -106,6 +106,20 @@ def test_a_bin_file_with_code_in_it_is_refused_and_the_code_does_not_run(
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("content", [RunsCode(Path("code-ran")), b"garbage" * 50])
+def test_a_refused_bin_file_comes_with_its_reason_and_without_advice_to_trust_it(opt: Path, load: Load, content: Any) -> None:
+    if isinstance(content, bytes):
+        (opt / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save({"weight": content}, opt / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"\((Unsupported operand 103|Trying to load unsupported GLOBAL .* is blocked)\)"
+    ) as e:
+        load(opt)
+    assert "weights_only" not in str(e.value)
+    assert "Re-running" not in str(e.value)
+
+
 def test_a_bare_pickle_is_refused(opt: Path, tmp_path: Path, load: Load) -> None:
     (opt / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(tmp_path / "code-ran"), protocol=2))
     with pytest.raises(CheckpointError):

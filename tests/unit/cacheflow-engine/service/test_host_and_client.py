@@ -523,6 +523,12 @@ def test_nobody_at_the_address_is_an_error_in_the_stated_time(address: str) -> N
     assert time.monotonic() - start_s < PATIENCE_S
 
 
+def test_waiting_for_an_engine_that_does_not_answer_is_told(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "cacheflow"), pytest.raises(EngineDeadError):
+        asyncio.run(EngineClient.connect(address, timeout_s=0.2))
+    assert caplog.messages == [f"No answer from an engine at {address} yet; waiting up to 0.2 s for one."]
+
+
 def test_a_client_may_come_before_the_engine(address: str) -> None:
     async def main() -> None:
         connecting = asyncio.create_task(EngineClient.connect(address, timeout_s=PATIENCE_S))

@@ -93,6 +93,17 @@ def test_a_prompt_that_cannot_be_served_is_refused_with_the_numbers(prompt: Any,
     assert raised.value.param == "prompt"
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda *arguments: pytest.fail("it was tokenised"))
+    with pytest.raises(InvalidRequestError, match=r"has 7000 bytes, which are at least \d+ tokens; tiny takes at most 31"):
+        make("a" * 7000)
+
+
+def test_too_many_token_ids_are_refused_before_each_is_looked_at() -> None:
+    with pytest.raises(InvalidRequestError, match="The prompt has 33 tokens"):
+        make(None, [*[1] * 32, "x"])
+
+
 @pytest.mark.parametrize(
     ("params", "param", "message"),
     [

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 import tokenizers
-from tiny_tokenizers import ALL, BOS, EOS, byte_fallback_bpe, byte_level_bpe, word_pieces
+from tiny_tokenizers import ALL, BOS, EOS, byte_fallback_bpe, byte_fallback_unigram, byte_level_bpe, word_pieces
 
 from cacheflow.errors import CheckpointError, InvalidRequestError
 from cacheflow.text import Tokenizer
@@ -39,6 +43,57 @@ def test_bos_is_prepended_when_the_model_wants_it():
 
 def test_a_text_that_begins_with_bos_gets_no_second_one():
     assert Tokenizer(byte_fallback_bpe()).encode("<s>hello").count(BOS) == 1
+
+
+@pytest.mark.parametrize("make", [byte_level_bpe, byte_fallback_bpe, byte_fallback_unigram])
+@pytest.mark.parametrize("text", [TEXT, "hello world, " * 50, " " * 99, "▁" * 99, "😀" * 20, "</s>" * 20, "\0\n" * 50])
+def test_no_text_has_fewer_tokens_than_its_bytes_need(make, text):
+    tokenizer = Tokenizer(make())
+    assert 0 < tokenizer.min_tokens(text) <= len(tokenizer.encode(text))
+
+
+def test_bytes_that_no_token_stands_for_need_none():
+    data = byte_level_bpe()
+    document = json.loads(data.tokenizer_json)
+    del document["model"]["vocab"]["z"]
+    tokenizer = Tokenizer(replace(data, tokenizer_json=json.dumps(document)))
+    assert tokenizer.encode("z" * 1000) == []
+    assert tokenizer.min_tokens("z" * 1000) == 0
+    assert tokenizer.min_tokens("a" * 1000) > 0
+
+
+def test_nothing_is_known_of_a_tokenizer_that_fuses_unknown_words():
+    tokenizer = Tokenizer(word_pieces())
+    assert len(tokenizer.encode("\u4e00" * 500)) < 500
+    assert tokenizer.min_tokens("\u4e00" * 500) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}},
+    ],
+)
+def test_nothing_is_known_of_a_tokenizer_that_drops_parts_of_a_text(change):
+    data = byte_level_bpe()
+    document = json.loads(data.tokenizer_json)
+    assert Tokenizer(data).min_tokens("a" * 1000) > 0
+    assert Tokenizer(replace(data, tokenizer_json=json.dumps(document | change))).min_tokens("a" * 1000) == 0
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenised():
+    tokenizer = Tokenizer(byte_level_bpe())
+    thread = threading.Thread(target=tokenizer.encode, args=("hello world " * 100_000,))
+    start_s = last_s = time.monotonic()
+    longest_gap_s = 0.0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now_s = time.monotonic()
+        longest_gap_s, last_s = max(longest_gap_s, now_s - last_s), now_s
+    assert longest_gap_s < (last_s - start_s) / 2
 
 
 def test_an_empty_text_is_bos_or_nothing():

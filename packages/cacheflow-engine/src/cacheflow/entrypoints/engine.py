@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cacheflow.config import EngineConfig
+from cacheflow.entrypoints.gone import refuse_gone_options
 from cacheflow.entrypoints.options import build, options_from
 
 
@@ -20,10 +21,12 @@ from cacheflow.entrypoints.options import build, options_from
     help="Where frontends reach it: a path, ipc:///path, or tcp://127.0.0.1:PORT.",
 )
 @options_from(EngineConfig)
+@refuse_gone_options
 def engine(address: str, **options: Any) -> None:
     """Run the engine alone, until SIGTERM or Ctrl-C; the model stays loaded while frontends come and go."""
     config = build(EngineConfig, options)
     from cacheflow.service.host import serve
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cacheflow").setLevel(logging.INFO)
     serve(config, address)

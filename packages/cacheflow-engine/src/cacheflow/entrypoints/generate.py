@@ -7,13 +7,14 @@ nothing below it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,6 +22,7 @@ import click
 from tqdm import tqdm
 
 from cacheflow.config import EngineConfig, flag_of
+from cacheflow.entrypoints.gone import refuse_gone_options
 from cacheflow.entrypoints.options import build, options_from
 from cacheflow.errors import ConfigError, InvalidRequestError
 from cacheflow.types import SAMPLING_FIELDS, CompletionOutput, RequestOutput, SamplingParams
@@ -180,21 +182,46 @@ def _line_params(entry: dict[str, Any], defaults: Mapping[str, Any]) -> Sampling
     return SamplingParams(**{**defaults, **values})
 
 
+def with_seeds(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Gives a seed to each request that sets none: by its place in the input, so that a resumed run draws like an unbroken one.
+
+    Args:
+        prompts: The input.
+        seed: Of the whole run. A prompt with an id keeps its seed when the input is put into another order.
+    """
+    seeded = []
+    for prompt in prompts:
+        if prompt.params is not None and prompt.params.seed is None:
+            place = prompt.index if prompt.id is None else {"id": prompt.id}
+            digest = hashlib.sha256(json.dumps([seed, place]).encode()).digest()
+            own = int.from_bytes(digest[:8], "big") >> 1  # below 2**63
+            prompt = replace(prompt, params=replace(prompt.params, seed=own))
+        seeded.append(prompt)
+    return seeded
+
+
+def run_of(prompt: Prompt, model: str) -> str:
+    """A short hash of the model's name and the request's sampling parameters: texts of another one are other texts."""
+    params = None if prompt.params is None else asdict(prompt.params)
+    return hashlib.sha256(json.dumps([model, params], sort_keys=True).encode()).hexdigest()[:12]
+
+
 # --- Output -----------------------------------------------------------------------------------------------------------
 
 
 class OutputFile:
     """A file of one JSON line per finished request, which a later run continues.
 
-    Lines are matched by id where the input gives one, else by index, and must be for the same prompt. Requests that failed
-    are tried again. A last line that a kill tore off is dropped.
+    Lines are matched by id where the input gives one, else by index, and must be for the same prompt, model and sampling
+    parameters. Requests that failed are tried again. A last line that a kill tore off is dropped.
 
     Raises:
-        ConfigError: The file holds something else than such lines, or lines for other prompts.
+        ConfigError: The file holds something else than such lines, or lines for other prompts or of another run.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], model: str) -> None:
         self._path = path
+        self._model = model
         self._by_id = {p.id: p for p in prompts if p.id is not None}
         self._by_index = {p.index: p for p in prompts}
         content = self._read()
@@ -217,7 +244,7 @@ class OutputFile:
 
     def write(self, prompt: Prompt, output: RequestOutput | None, error: str | None) -> None:
         """Appends one line and hands it to the operating system, so that a kill can't take it back."""
-        self._file.write(json.dumps(output_line(prompt, output, error), ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(output_line(prompt, output, error, run_of(prompt, self._model)), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -254,6 +281,11 @@ class OutputFile:
                 f"{self._path} line {number} is for a prompt that the input does not have at that place, "
                 "so the file is left as it is. Choose another --output, or delete it to start again."
             )
+        if entry.get("run") != run_of(prompt, self._model):
+            raise ConfigError(
+                f"{self._path} line {number} was generated with another model, other sampling parameters or another --seed, "
+                "so the file is left as it is. Choose another --output, or delete it to start again."
+            )
         return prompt.index
 
     def _replace(self, lines: Sequence[str]) -> None:
@@ -262,12 +294,13 @@ class OutputFile:
         os.replace(fresh, self._path)
 
 
-def output_line(prompt: Prompt, output: RequestOutput | None, error: str | None) -> dict[str, Any]:
+def output_line(prompt: Prompt, output: RequestOutput | None, error: str | None, run: str) -> dict[str, Any]:
     """What is written for one request; `index` comes first, as `LINE_START` says."""
     line: dict[str, Any] = {"index": prompt.index}
     if prompt.id is not None:
         line["id"] = prompt.id
     line["prompt"] = prompt.text
+    line["run"] = run
     line["num_prompt_tokens"] = len(output.prompt_token_ids) if output else 0
     line["outputs"] = [_completion(c) for c in output.outputs] if output and not error else []
     if error:
@@ -330,6 +363,7 @@ def _shown(prompt: Prompt) -> str:
 @click.option("--output", "output_path", type=click.Path(path_type=Path), help="JSON lines; what is there is not done again.")
 @sampling_options
 @options_from(EngineConfig)
+@refuse_gone_options
 @click.pass_context
 def generate(
     context: click.Context, /, prompts: tuple[str, ...], input_path: Path | None, output_path: Path | None, **options: Any
@@ -344,14 +378,20 @@ def generate(
         raise click.UsageError(f"Give either prompts or --input FILE, {hint}")
     config = build(EngineConfig, options)
     defaults = _sampling_values(options)
-    common = SamplingParams(**defaults)
+    try:
+        common = SamplingParams(**defaults)
+    except InvalidRequestError as error:
+        raise click.UsageError(str(error)) from error
     if input_path is not None:
         _check_paths(input_path, output_path)
         work = read_prompts(input_path, defaults)
+        if not work:
+            raise click.UsageError(f"--input {input_path} holds no prompts.")
     else:
         work = [Prompt(i, text, params=common) for i, text in enumerate(prompts)]
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    context.exit(_run(work, config, output_path))
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cacheflow").setLevel(logging.INFO)
+    context.exit(_run(with_seeds(work, config.seed), config, output_path))
 
 
 def _check_paths(input_path: Path, output_path: Path | None) -> None:
@@ -382,7 +422,7 @@ class _Tally:
 
 def _run(prompts: Sequence[Prompt], config: EngineConfig, output_path: Path | None) -> int:
     """Generates what is not done yet, and returns the exit code."""
-    sink = OutputFile(output_path, prompts) if output_path is not None else Terminal(prompts)
+    sink = OutputFile(output_path, prompts, config.model) if output_path is not None else Terminal(prompts)
     if isinstance(sink, OutputFile) and sink.done:
         click.echo(f"{len(sink.done)} of {len(prompts)} requests are already in {output_path}.")
         prompts = [p for p in prompts if p.index not in sink.done]

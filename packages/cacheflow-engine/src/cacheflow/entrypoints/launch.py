@@ -20,6 +20,7 @@ from click.core import ParameterSource
 
 from cacheflow.asgi import Receive, Send, error_document
 from cacheflow.config import EngineConfig, flag_of
+from cacheflow.entrypoints.gone import refuse_gone_options
 from cacheflow.entrypoints.options import build, options_from
 from cacheflow.errors import CacheflowError, ConfigError, PluginError
 from cacheflow.interfaces import Frontend
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 GROUP = "cacheflow.frontends"
 PACKAGES = {"simple": "cacheflow-server", "openai": "cacheflow-openai"}
 GRACE_S = 5
-"""How long running answers may go on after SIGTERM before they are cut off."""
+"""How long running answers may go on after SIGTERM before they end with an error."""
+LAST_WORD_S = 2
+"""How long after the grace an answer may take to tell its error, before it is cut off."""
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
@@ -56,7 +59,7 @@ def frontend_command(name: str) -> click.Command:
         PluginError: The frontend is not installed, with the package to install, or can't be loaded.
     """
     if name not in find_plugins(GROUP):
-        hint = f" Install it with: pip install {PACKAGES[name]}" if name in PACKAGES else ""
+        hint = f" In a clone of cacheflow: pip install ./packages/{PACKAGES[name]}" if name in PACKAGES else ""
         raise PluginError(f"The frontend {name!r} is not installed.{hint}")
     frontend: type[Frontend] = load_plugin(GROUP, name)
 
@@ -82,7 +85,7 @@ def frontend_command(name: str) -> click.Command:
     )
     command = options_from(frontend.options)(command)
     command = click.option("--engine", metavar="ADDRESS", help="A running `cacheflow engine`. Default: start one.")(command)
-    return options_from(EngineConfig)(command)
+    return refuse_gone_options(options_from(EngineConfig)(command))
 
 
 async def serve(frontend: type[Frontend], options: Any, config: EngineConfig, engine_address: str | None = None) -> None:
@@ -106,31 +109,37 @@ async def serve(frontend: type[Frontend], options: Any, config: EngineConfig, en
         def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
             return contextlib.nullcontext()  # The engine must be closed before a signal may end the process.
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cacheflow").setLevel(logging.INFO)
     sockets = _listen(options.host, options.port)
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{sockets[0].getsockname()[1]}"
     door = _Door()
     server = Server(
-        uvicorn.Config(door, lifespan="off", log_config=None, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+        uvicorn.Config(
+            door, lifespan="off", log_config=None, log_level="warning", timeout_graceful_shutdown=GRACE_S + LAST_WORD_S
+        )
     )
     serving = asyncio.ensure_future(server.serve(sockets=sockets))
     starting: asyncio.Future[AsyncLLMServer] = asyncio.ensure_future(
         AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address)
     )
-    with _signals(server):
+    with _signals(server) as ending:
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
                 engine = starting.result()
                 door.app = frontend.create_app(engine, options)
                 print(f"Serving {engine.model_info.model} at {url}", flush=True)
-                await serving
+                await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((serving,), timeout=GRACE_S)
         finally:
             server.should_exit = True
             starting.cancel()
-            await asyncio.gather(serving, starting, return_exceptions=True)
+            await asyncio.gather(starting, return_exceptions=True)
             if not starting.cancelled() and starting.exception() is None:
-                await starting.result().close()
+                await starting.result().close()  # Answers that still run thereby end with an error of their own.
+            await asyncio.gather(serving, return_exceptions=True)
+    serving.result()
 
 
 class _Door:
@@ -200,18 +209,25 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 @contextlib.contextmanager
-def _signals(server: Any) -> Iterator[None]:
-    """SIGINT and SIGTERM end the server: the first when running answers are done, the second at once."""
+def _signals(server: Any) -> Iterator[asyncio.Future[None]]:
+    """SIGINT and SIGTERM end the server: the first when running answers are done, the second at once.
+
+    Yields:
+        What is done with the first.
+    """
     loop = asyncio.get_running_loop()
+    ending = loop.create_future()
 
     def end() -> None:
         server.force_exit = server.should_exit
         server.should_exit = True
+        if not ending.done():
+            ending.set_result(None)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
     try:
-        yield
+        yield ending
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)

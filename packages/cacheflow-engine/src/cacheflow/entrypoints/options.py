@@ -5,9 +5,10 @@ Every option is thus defined once, with its type, range, unit and help. This mod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -16,6 +17,25 @@ from cacheflow.errors import ConfigError
 
 Command = TypeVar("Command", bound="click.Command | Callable[..., Any]")
 Options = TypeVar("Options")
+
+
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Parses a list of names: a JSON list, or separated by commas.
+
+    Raises:
+        click.BadParameter: It is neither.
+    """
+    if isinstance(value, tuple):  # A default.
+        return value
+    if not value.strip().startswith("["):
+        return tuple(name for part in value.split(",") if (name := part.strip()))
+    try:
+        entries = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no JSON list: {error}.") from error
+    if not all(isinstance(entry, str) for entry in entries):
+        raise click.BadParameter(f"{value!r} must be a list of strings.")
+    return tuple(entries)
 
 
 def options_from(dataclass_type: type[Any], names: Collection[str] | None = None) -> Callable[[Command], Command]:
@@ -57,7 +77,9 @@ def _option(entry: Field[Any], hint: Any) -> Callable[[Any], Any]:
     rules, flag = entry.metadata, flag_of(entry.name)
     # `int | None` parses as an int; leaving the option out is how None is said.
     kind = next((t for t in get_args(hint) if t is not type(None)), hint)
-    if kind is bool:
+    if get_origin(hint) is tuple:
+        kind = _names
+    elif kind is bool:
         flag, kind = (f"{flag}/--no-{flag[2:]}" if entry.default else flag), None
     elif rules["choices"] is not None:
         kind = click.Choice(rules["choices"])
@@ -68,7 +90,7 @@ def _option(entry: Field[Any], hint: Any) -> Callable[[Any], Any]:
         type=kind,
         is_flag=kind is None,
         default=entry.default,
-        show_default=entry.default is not None and entry.default is not False,
-        metavar=rules["unit"],
+        show_default=entry.default not in (None, ()) and entry.default is not False,
+        metavar="NAMES" if kind is _names else rules["unit"],
         help=rules["help"],
     )

@@ -16,13 +16,15 @@ class _Frontends(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         # One of ours that is not installed is asked for, too, so that the error can say which package brings it.
-        known = cmd_name in PACKAGES or cmd_name in find_plugins(GROUP)
-        return frontend_command(cmd_name) if known else None
+        installed = find_plugins(GROUP)
+        if cmd_name not in PACKAGES and cmd_name not in installed:
+            ctx.fail(f"There is no frontend {cmd_name!r}. Installed: {', '.join(installed) or 'none'}.")
+        return frontend_command(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, f"From {p[0].distribution} {p[0].version}.") for name, p in find_plugins(GROUP).items()]
         with formatter.section("Frontends"):
-            formatter.write_dl(rows or [("none", f"Install {' or '.join(PACKAGES.values())}.")])
+            formatter.write_dl(rows or [("none", f"In a clone of cacheflow: pip install ./packages/{PACKAGES['simple']}")])
 
 
 @click.group(cls=_Frontends, subcommand_metavar="FRONTEND [OPTIONS]")

@@ -61,7 +61,8 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
             is_archive = opened.read(4) == b"PK\x03\x04"
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "not a pickle"
+        # torch wraps what it met into advice to trust the file, which nobody should follow.
+        reason = str(error.__context__ or "").split(". ")[0].strip().rstrip(".") or "not a pickle of tensors"
         raise CheckpointError(
             f"{file} is corrupt, or holds code or objects besides tensors, which are never loaded ({reason}). "
             f"Use a safetensors version of the model."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL_S = 1.0
 """How often an engine that has not answered yet is asked again."""
+SILENCE_LOG_S = 2.0
+"""After how long without any answer waiting for one is worth a line in the log."""
 LOADING_LOG_INTERVAL_S = 10.0
 """How often waiting for a model that loads is worth a line in the log."""
 REJOIN_TIMEOUT_S = 30.0
@@ -205,7 +208,7 @@ class EngineClient:
         was_alive = self.is_alive
         if was_alive:
             self._connection.send(wire.encode_client_message(wire.Goodbye()))
-        self.fail(EngineDeadError(f"The connection to the engine at {self.address} was closed."))
+        self.fail(EngineDeadError(f"The connection to the engine at {self.address} was closed. Send the request again."))
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._connection.close(linger_ms=GOODBYE_LINGER_MS if was_alive else 0)
@@ -343,6 +346,8 @@ async def _shake_hands(connection: _Connection, client_id: str, address: str, ti
     interval_s = min(HELLO_INTERVAL_S, timeout_s / 3)
     answered_s = loop.time()
     logged_s = 0.0
+    # An engine that may take for ever is one that was started just now, by its supervisor.
+    is_silence_logged = math.isinf(timeout_s)
     connection.send(hello)
     while True:
         try:
@@ -354,6 +359,9 @@ async def _shake_hands(connection: _Connection, client_id: str, address: str, ti
                     f"No answer from an engine at {address} within {timeout_s:g} s. "
                     f"Is `cacheflow engine --listen {address}` running?"
                 ) from None
+            if not is_silence_logged and loop.time() - answered_s >= min(SILENCE_LOG_S, timeout_s / 2):
+                is_silence_logged = True
+                logger.info("No answer from an engine at %s yet; waiting up to %g s for one.", address, timeout_s)
             connection.send(hello)
             continue
         except wire.MalformedMessageError as error:

@@ -401,6 +401,7 @@ def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) ->
         cleanup.callback(context.term)
         socket = bind(context, address)
         cleanup.callback(socket.close)
+        cleanup.callback(_remove_socket_file, wire.parse_address(address))
         reception = _Reception(socket)
         try:
             core = _load(config)
@@ -426,6 +427,13 @@ def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) ->
         except SystemExit:
             journal.close()
             raise
+
+
+def _remove_socket_file(endpoint: str) -> None:
+    # While the socket is still open, so that the file can't be another engine's.
+    if endpoint.startswith("ipc://"):
+        with contextlib.suppress(OSError):
+            os.unlink(endpoint.removeprefix("ipc://"))
 
 
 def _load(config: EngineConfig) -> EngineCore:

@@ -80,7 +80,10 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Ends a request, or one sequence of it. Not answered; nothing happens when it has ended already."""
+    """Ends a request, which is answered with its last update, or one sequence of it, which is not answered.
+
+    Nothing happens when it has ended already.
+    """
 
     request_id: str
     index: int | None = None

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import tokenizers
 
+_KEEP_ALL_TEXT = {"ByteLevel", "Digits", "Metaspace", "Prepend", "Replace", "Sequence", "Split"}
+"""Steps before the model that drop nothing of a text, as far as `_keeps_all_text` looks at their settings too."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -26,7 +30,10 @@ class TokenPieces:
 
     def __init__(self, library_tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = library_tokenizer
-        kinds = _decoder_kinds(json.loads(library_tokenizer.to_str()).get("decoder"))
+        settings = json.loads(library_tokenizer.to_str())
+        self._keeps_all_text = _keeps_all_text(settings)
+        self._falls_back = bool(settings["model"].get("byte_fallback"))
+        kinds = {step["type"] for step in _steps(settings.get("decoder"))}
         self._byte_of_char = _byte_of_char() if "ByteLevel" in kinds else None
         self._has_byte_tokens = "ByteFallback" in kinds
         self._anchor, self._anchor_text = (0, "") if self._byte_of_char else self._find_anchor()
@@ -54,6 +61,22 @@ class TokenPieces:
             return piece
         return self._decode(token_id).encode()
 
+    def min_tokens(self, text: bytes) -> int:
+        """A number of tokens that `text` has at least; 0 if nothing is known."""
+        longest, lost = self._longest_and_lost
+        return -(-len(text.translate(None, lost)) // longest) if longest else 0
+
+    @cached_property
+    def _longest_and_lost(self) -> tuple[int, bytes]:
+        """Most bytes of a text that one token can stand for, 0 if there is no limit; and the bytes that no token stands for."""
+        vocabulary = self._tokenizer.get_vocab()
+        lost = bytes(byte for char, byte in (self._byte_of_char or {}).items() if char not in vocabulary)
+        falls_back = self._falls_back and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        if not self._keeps_all_text or not (self._byte_of_char or falls_back):
+            return 0, b""
+        # Tokens are spelled with at least one byte for each that they stand for.
+        return max(len(token.encode()) for token in vocabulary), lost
+
     def _decode(self, *token_ids: int) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
@@ -67,13 +90,23 @@ class TokenPieces:
         return 0, ""
 
 
-def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
-    if decoder is None:
-        return set()
-    kinds = {str(decoder["type"])}
-    for part in decoder.get("decoders", ()):
-        kinds |= _decoder_kinds(part)
-    return kinds
+def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The settings of a normalizer, pre-tokenizer or decoder, and of those that it is made of."""
+    if part is not None:
+        yield part
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            for inner in part.get(name, ()):
+                yield from _steps(inner)
+
+
+def _keeps_all_text(settings: dict[str, Any]) -> bool:
+    """Whether all bytes of a text reach the model, and added tokens take in no spaces around them."""
+    for step in (*_steps(settings.get("normalizer")), *_steps(settings.get("pre_tokenizer"))):
+        if step["type"] not in _KEEP_ALL_TEXT or step.get("behavior") == "Removed":
+            return False
+        if step["type"] == "Replace" and (step["pattern"] != {"String": " "} or not step["content"]):
+            return False
+    return not any(token["lstrip"] or token["rstrip"] for token in settings.get("added_tokens", ()))
 
 
 def _byte_level(token: str, byte_of_char: dict[str, int]) -> bytes:

@@ -94,21 +94,30 @@ def _check_text(name: str, value: str) -> None:
 def _prompt_tokens(info: ModelInfo, tokenizer: Tokenizer, prompt: str | None, prompt_token_ids: list[int] | None) -> list[int]:
     if prompt_token_ids is not None:
         token_ids = list(prompt_token_ids)
+        _check_length(info, len(token_ids))
         _check_token_ids("prompt", token_ids, info.vocab_size)
     elif isinstance(prompt, str):
         _check_text("prompt", prompt)
+        # Tokenising takes seconds for megabytes, so a text that can't fit is refused by its bytes.
+        num_bytes = len(prompt.encode())
+        if num_bytes >= info.max_model_len:
+            _check_length(info, tokenizer.min_tokens(prompt), f" {num_bytes} bytes, which are at least")
         token_ids = tokenizer.encode(prompt) if prompt else []
+        _check_length(info, len(token_ids))
     else:
         raise InvalidRequestError(f"A prompt must be text or a list of token ids, got {type(prompt).__name__}.", param="prompt")
     if not token_ids:
         raise InvalidRequestError("The prompt is empty. Give at least one token.", param="prompt")
-    if len(token_ids) > info.max_model_len - 1:
+    return token_ids
+
+
+def _check_length(info: ModelInfo, num_tokens: int, qualifier: str = "") -> None:
+    if num_tokens > info.max_model_len - 1:
         raise InvalidRequestError(
-            f"The prompt has {len(token_ids)} tokens; {info.model} takes at most {info.max_model_len - 1} "
+            f"The prompt has{qualifier} {num_tokens} tokens; {info.model} takes at most {info.max_model_len - 1} "
             f"(a context of {info.max_model_len}, of which one is left for the output). Shorten the prompt.",
             param="prompt",
         )
-    return token_ids
 
 
 def _check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:

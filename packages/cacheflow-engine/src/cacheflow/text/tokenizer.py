@@ -64,6 +64,10 @@ class Tokenizer:
         largest_id = max(self._tokenizer.get_vocab().values(), default=-1)
         return max(largest_id + 1, self._model_vocab_size)
 
+    def min_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, found without tokenising it; 0 if nothing is known."""
+        return self._pieces.min_tokens(text.encode())
+
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are recognised.
 
@@ -75,7 +79,8 @@ class Tokenizer:
             InvalidRequestError: `text` is not valid Unicode.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            # A batch of one, because that is done without the interpreter's lock: other threads go on meanwhile.
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError as error:  # What the library says to half of a surrogate pair, which JSON can carry.
             raise InvalidRequestError(
                 "The text is not valid Unicode: it has half of a surrogate pair, or is not text. Send well-formed text.",
