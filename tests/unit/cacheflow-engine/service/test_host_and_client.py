@@ -37,6 +37,8 @@ from cacheflow.types import EngineRequest, EngineStats, RequestUpdate, SamplingP
 
 ENDLESS = 10_000
 """More tokens than any test waits for."""
+LONG = 2500
+"""Tokens that take the engine so long that a test can look while it runs, and that a test can wait for."""
 PATIENCE_S = 20.0
 """Until what must happen is taken not to happen."""
 
@@ -243,7 +245,7 @@ def test_an_abort_ends_the_stream_with_a_last_update(engine: Engine) -> None:
 
 def test_an_abort_of_one_sequence_lets_the_others_go_on(engine: Engine) -> None:
     async def work(client: EngineClient) -> None:
-        params = SamplingParams(n=2, max_tokens=200, temperature=0.0, ignore_eos=True, seed=0)
+        params = SamplingParams(n=2, max_tokens=LONG, temperature=0.0, ignore_eos=True, seed=0)
         stream = client.submit(EngineRequest(request_id="r", prompt_token_ids=[1], params=params, arrival_s=0.0))
         await stream.__anext__()
         client.abort("r", index=0)
@@ -251,7 +253,7 @@ def test_an_abort_of_one_sequence_lets_the_others_go_on(engine: Engine) -> None:
         async for update in stream:
             for sequence in update.sequences:
                 lengths[sequence.index] += len(sequence.new_token_ids)
-        assert lengths[0] < lengths[1] == 200
+        assert lengths[0] < lengths[1] == LONG
 
     with_client(engine.address, work)
 
@@ -475,16 +477,16 @@ def test_streams_go_on_in_the_next_engine_without_a_missing_or_a_second_token(ad
     engines = [Engine(address, make_core())]
 
     async def work(client: EngineClient) -> None:
-        requests = [request(f"r{i}", 300, [8 + i, 9]) for i in range(5)]
+        requests = [request(f"r{i}", LONG, [8 + i, 9]) for i in range(5)]
         tasks = [asyncio.create_task(tokens_of(client, r)) for r in requests]
         for _ in range(2):
-            await stats_when(client, lambda stats: stats.num_generated_tokens > 100)
+            await stats_when(client, lambda stats: stats.num_generated_tokens > 20)
             await asyncio.to_thread(engines[-1].stop)
             late = asyncio.create_task(tokens_of(client, request(f"late {len(engines)}")))
             engines.append(await asyncio.to_thread(Engine, address, make_core()))
             assert await late == expected_tokens([1, 2, 3], 5)
         for task, r in zip(tasks, requests, strict=True):
-            assert await task == expected_tokens(r.prompt_token_ids, 300)
+            assert await task == expected_tokens(r.prompt_token_ids, LONG)
         assert is_idle(await client.stats())
 
     try:
@@ -541,16 +543,33 @@ def test_a_client_may_come_before_the_engine(address: str) -> None:
     asyncio.run(main())
 
 
-def test_a_client_that_the_engine_has_forgotten_introduces_itself_again(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_a_client_that_the_engine_has_forgotten_introduces_itself_again(engine: Engine, raw: RawClient) -> None:
+    async def work(client: EngineClient) -> None:
+        reading = asyncio.create_task(tokens_of(client, request("r", LONG)))
+        await stats_when(client, lambda stats: stats.num_running == 1)
+        raw.say(wire.Hello(wire.PROTOCOL_VERSION, client.client_id))  # Takes its place, as after a lease that ran out.
+        assert isinstance(await asyncio.to_thread(raw.hear), wire.Welcome)
+        with pytest.raises(EngineDeadError, match="does not know this client any more"):
+            await client.stats()
+        assert await reading == expected_tokens([1, 2, 3], LONG)
+
+    with_client(engine.address, work)
+
+
+def test_an_error_of_the_connections_keeper_ends_streams_instead_of_leaving_them(
+    engine: Engine, raw: RawClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work(client: EngineClient) -> None:
-        reading = asyncio.create_task(tokens_of(client, request("r", 500)))
+        reading = asyncio.create_task(tokens_of(client, request("r", ENDLESS)))
         await stats_when(client, lambda stats: stats.num_running == 1)
-        monkeypatch.setattr(wire, "LEASE_S", -1.0)
-        await asyncio.sleep(0.05)
-        monkeypatch.undo()
-        assert await reading == expected_tokens([1, 2, 3], 500)
+        monkeypatch.setattr(wire, "parse_address", lambda address: "nonsense")
+        raw.say(wire.Hello(wire.PROTOCOL_VERSION, client.client_id))
+        assert isinstance(await asyncio.to_thread(raw.hear), wire.Welcome)
+        with pytest.raises(EngineDeadError):
+            await client.stats()
+        with pytest.raises(EngineDeadError):
+            await reading
+        assert not client.is_alive
 
     with_client(engine.address, work)
 

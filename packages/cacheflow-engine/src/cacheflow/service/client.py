@@ -242,21 +242,25 @@ class EngineClient:
     # In the background.
 
     async def _stay_connected(self) -> None:
-        while self._death is None:
-            loss = await self._serve()
-            self._is_connected = False
-            self._connection.close(linger_ms=0)
-            self._fail_stats(loss)
-            if self._death is not None:
-                return
-            logger.warning("%s Waiting up to %g s for one to answer there.", loss, self._rejoin_timeout_s)
-            try:
-                self._connection = await self._rejoin()
-            except CacheflowError as error:
-                self.fail(EngineDeadError(f"{loss} {error}"))
-                return
-            self._is_connected = True
-            self._send_again()
+        try:
+            while self._death is None:
+                loss = await self._serve()
+                self._is_connected = False
+                self._connection.close(linger_ms=0)
+                self._fail_stats(loss)
+                if self._death is not None:
+                    return
+                logger.warning("%s Waiting up to %g s for one to answer there.", loss, self._rejoin_timeout_s)
+                try:
+                    self._connection = await self._rejoin()
+                except CacheflowError as error:
+                    self.fail(EngineDeadError(f"{loss} {error}"))
+                    return
+                self._is_connected = True
+                self._send_again()
+        except Exception as error:  # Whatever it is, those who wait must hear of it.
+            logger.exception("The connection to the engine at %s can't be kept.", self.address)
+            self.fail(EngineDeadError(f"The connection to the engine at {self.address} failed: {error!r}."))
 
     async def _serve(self) -> EngineDeadError:
         """Receives and keeps the lease until the connection is lost, and says how that was."""
@@ -294,6 +298,8 @@ class EngineClient:
                 loss = self._handle(wire.decode_engine_message(await self._connection.receive()))
                 if loss is not None:
                     return loss
+                # Receiving does not wait while messages are there: a fast engine would keep everybody else from their turn.
+                await asyncio.sleep(0)
         except wire.MalformedMessageError as error:
             self.fail(EngineDeadError(f"The engine at {self.address} sent what can't be read: {error}"))
             return EngineDeadError(str(error))
