@@ -37,10 +37,12 @@ SHAPES = {
     "huge": (576, 480_000),
 }
 """in_features, out_features: SmolLM2-135M's, Llama-3.2-1B's, and one that no cache holds."""
-FORMS = ("plain", "bias", "gated", "int8", "int4", "int8_dynamic")
+FORMS = ("plain", "bias", "gated", "bias+gated", "int8", "int4", "int8_dynamic")
 """What ours is measured as; "bias" and "gated" are plain weights with what may be fused."""
-BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64, "int8_dynamic": 1.0}
-"""Of one weight, with its share of a bfloat16 scale of 64; bfloat16 otherwise."""
+GROUP = 32
+"""Inputs that share a scale, as in the engine."""
+BYTES = {"int8": 1 + 2 / GROUP, "int4": 0.5 + 4 / GROUP, "int8_dynamic": 1.0}
+"""Of one weight, with its share of a float16 scale and minimum; bfloat16 otherwise."""
 Call = Callable[[], object]
 
 
@@ -104,8 +106,8 @@ def candidates(shape: tuple[int, int], rows: int, forms: Sequence[str], cold_byt
 
     def ours(form: str) -> Callable[[], Call]:
         def make() -> Call:
-            quantised = "plain" if form in ("bias", "gated") else form
-            multiply = linear(weight, bias if form == "bias" else None, form=quantised, is_gated=form == "gated")
+            quantised, offset = form if form in BYTES else "plain", bias if "bias" in form else None
+            multiply = linear(weight, offset, form=quantised, group_size=GROUP, is_gated="gated" in form)
             return lambda: multiply(x)
 
         return make

@@ -1,16 +1,20 @@
 """Paged attention on the CPU: decodes against the machine's read bandwidth, prompts against torch's attention.
 
-Decodes run over at least 256 MB of keys and values, so that these come from memory. Each measurement is one JSON line.
+Decodes run over at least 256 MB of keys and values, so that these come from memory. Each measurement is one JSON line: medians
+of calls that took turns with what they are compared with, as the speed of memory and the clock change while a benchmark runs.
 torch's attention on prompts is given its keys and values ready and contiguous, and uses AMX where the machine has it:
-CACHEFLOW_CPU_LEVEL limits our kernels only.
+CACHEFLOW_CPU_LEVEL limits our kernels only. With THP_MEM_ALLOC_ENABLE=1 torch takes huge pages, for the cache and for the array
+whose reading is the measure of bandwidth.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +32,15 @@ CONTEXTS = (256, 512, 2048, 8192)
 PROMPTS = (512, 2048)
 
 
-def best_s(function: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest call: what else runs on the machine only adds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def read_bandwidth(repeats: int) -> float:
-    """GB/s at which all threads read memory: the sum of 512 MB of float32."""
-    data = torch.ones(2**27)
-    return data.numel() * 4 / best_s(data.sum, repeats) / 1e9
+def medians_s(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each function, called in turns, after a first turn that is not counted."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]
 
 
 def make_cache(shape: tuple[int, int, int], num_blocks: int, dtype: torch.dtype) -> tuple[torch.Tensor, attention.Cache]:
@@ -58,7 +57,7 @@ def make_layer(shape: tuple[int, int, int], dtype: torch.dtype) -> attention.Lay
     return attention.Layer.of((num_heads, num_kv_heads, head_size, BLOCK_SIZE), dtype, head_size**-0.5, None, None, None)
 
 
-def decode(shape: tuple[int, int, int], context: int, dtype: torch.dtype, bandwidth: float, repeats: int) -> dict[str, Any]:
+def decode(shape: tuple[int, int, int], context: int, dtype: torch.dtype, probe: torch.Tensor, repeats: int) -> dict[str, Any]:
     num_heads, num_kv_heads, head_size = shape
     bytes_per_seq = context * num_kv_heads * head_size * 2 * dtype.itemsize
     num_seqs, blocks_per_seq = -(-KV_BYTES // bytes_per_seq), -(-context // BLOCK_SIZE)
@@ -67,8 +66,8 @@ def decode(shape: tuple[int, int, int], context: int, dtype: torch.dtype, bandwi
     lens, starts = torch.full((num_seqs,), context, dtype=torch.int32), torch.arange(num_seqs + 1, dtype=torch.int32)
     batch, layer = attention.Batch.of(starts, lens, tables), make_layer(shape, dtype)
     q = torch.randn(num_seqs, num_heads, head_size).to(dtype)
-    seconds = best_s(lambda: attention.attend(layer, q, cache, batch), repeats)
-    speed = num_seqs * bytes_per_seq / seconds / 1e9
+    seconds, probe_s = medians_s((lambda: attention.attend(layer, q, cache, batch), probe.sum), repeats)
+    speed, bandwidth = num_seqs * bytes_per_seq / seconds / 1e9, probe.nbytes / probe_s / 1e9
     return {
         "phase": "decode",
         "context": context,
@@ -89,11 +88,11 @@ def prefill(shape: tuple[int, int, int], length: int, dtype: torch.dtype, repeat
     q = torch.randn(length, num_heads, head_size).to(dtype)
     dense = kv.permute(1, 2, 0, 3, 4).reshape(2, 1, num_kv_heads, length, head_size).contiguous()
     queries = q.transpose(0, 1)[None]
-    ours = best_s(lambda: attention.attend(layer, q, cache, batch), repeats)
-    torchs = best_s(
-        lambda: scaled_dot_product_attention(queries, dense[0], dense[1], is_causal=True, enable_gqa=num_heads != num_kv_heads),
-        repeats,
-    )
+
+    def torchs_attention() -> torch.Tensor:
+        return scaled_dot_product_attention(queries, dense[0], dense[1], is_causal=True, enable_gqa=num_heads != num_kv_heads)
+
+    ours, torchs = medians_s((lambda: attention.attend(layer, q, cache, batch), torchs_attention), repeats)
     flop = 2 * num_heads * head_size * length * (length + 1)
     return {
         "phase": "prefill",
@@ -116,10 +115,12 @@ def main() -> None:
     dtype: torch.dtype = getattr(torch, options.dtype)
     if library.reasons():
         raise SystemExit("; ".join(library.reasons()))
-    bandwidth = read_bandwidth(options.repeats)
+    probe = torch.ones(2**27)  # 512 MB: their sum is read at the speed of memory
+    torch.manual_seed(0)
     around = record.surroundings() | {"level": library.level(), "threads": torch.get_num_threads(), "dtype": options.dtype}
+    around["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
     for shape in SHAPES:
-        measured = [decode(shape, context, dtype, bandwidth, options.repeats) for context in CONTEXTS]
+        measured = [decode(shape, context, dtype, probe, options.repeats) for context in CONTEXTS]
         measured += [prefill(shape, length, dtype, options.repeats) for length in PROMPTS]
         for result in measured:
             line = {"benchmark": "paged_attention", "heads_kv_heads_head_size": shape} | result

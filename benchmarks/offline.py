@@ -1,27 +1,29 @@
-"""Offline throughput on the workloads W1 to W5, beside transformers' padded batches on W1.
+"""Our own offline throughput on the workloads W1 to W6, beside the machine's roofline. `compare.py` runs the peers too.
 
 Every run has a fresh engine, so that no run finds the prefixes of an earlier one; loading and a warm-up on other tokens are
-not timed. Runs of different systems are interleaved. Figures are only comparable within one invocation: run it alone on the
-machine.
+not timed. Runs are interleaved. Figures are only comparable within one invocation: run it alone on the machine. W6 is the
+shape of Llama-3.2-1B with random weights, which takes 5 GB; W7, requests over HTTP as they arrive, is `serving.py`.
 
     python benchmarks/offline.py                        # everything, three rounds
-    python benchmarks/offline.py --short                # a minute: eight requests of W1, short outputs, one round
-    python benchmarks/offline.py --workload w1 --rounds 5 --output benchmarks/results/offline.jsonl
+    python benchmarks/offline.py --short                # seconds: eight requests of W1, short outputs, one round
+    python benchmarks/offline.py --workload w1 --rounds 5 --quantization none int8 --output benchmarks/results/offline.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import Item, surroundings, workload, write
+from record import Item, shortened, surroundings, workload, write
+from roofline import LLAMA_1B, SMOLLM2_135M, bound_s, measure_limits
 
 from cacheflow import LLM, SamplingParams
-from cacheflow.config import EngineConfig
+from cacheflow.layers.quantization import FORMS
 
 PURPOSE = {
     "w1": "batched throughput",
@@ -29,17 +31,31 @@ PURPOSE = {
     "w3": "prefill",
     "w4": "shared prefix",
     "w5": "parallel sampling, n = 4",
+    "w6": "a 1B shape",
+}
+COUNTS = {"w3": "prompt"}
+"""Which tokens a workload's rate counts, where that is not output."""
+LLAMA_1B_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
 }
 WARM_UP = Item(list(range(1000, 1064)), 8)
-PADDED_BATCH = 16
-Run = Callable[[list[Item], int], tuple[float, int]]
-"""Takes requests and n; returns the seconds it took and the tokens it generated."""
 
 
-def run_cacheflow(model: str, items: list[Item], n: int) -> tuple[float, int]:
-    """All requests at once through `LLM.generate`."""
+def run_cacheflow(model: str, items: list[Item], n: int, **options: Any) -> tuple[float, list[int]]:
+    """All requests at once through `LLM.generate`; returns the seconds, and the tokens generated for each."""
     with_n: dict[str, Any] = {"n": n, "temperature": 0.8} if n > 1 else {"temperature": 0.0}
-    llm = LLM(model=model, dtype="bfloat16")
+    llm = LLM(model=model, dtype="bfloat16", **options)
     try:
         elapsed_s = 0.0
         for batch in ([WARM_UP], items):
@@ -54,60 +70,7 @@ def run_cacheflow(model: str, items: list[Item], n: int) -> tuple[float, int]:
     failed = [output.error for output in outputs if output.error]
     if failed:
         raise SystemExit(f"{len(failed)} requests failed: {failed[0]}")
-    return elapsed_s, sum(len(sequence.token_ids) for output in outputs for sequence in output.outputs)
-
-
-class PaddedTransformers:
-    """transformers' `generate` in static batches of 16, padded on the left, each run to its longest output.
-
-    The weights are the same as the engine's, read by its loader. Only tokens that were asked for are counted.
-    """
-
-    def __init__(self, model: str) -> None:
-        import torch
-        import transformers
-
-        from cacheflow.loading.resolve import resolve_model
-
-        files = resolve_model(EngineConfig(model=model))
-        config = getattr(transformers, files.hf_config["architectures"][0]).config_class(**files.hf_config)
-        self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        missing = self._model.load_state_dict(dict(files.loader.tensors(files.path)), strict=False).missing_keys
-        if set(missing) - {"lm_head.weight"}:
-            raise SystemExit(f"The checkpoint lacks {missing}.")
-        self._model.tie_weights()
-        # Every batch runs to the number of tokens that is asked for.
-        self._model.generation_config.eos_token_id = None
-        self._model.generation_config.pad_token_id = 0
-
-    def __call__(self, items: list[Item], n: int) -> tuple[float, int]:
-        """Runs the batches in the order of the requests."""
-        self._generate([WARM_UP])
-        start = time.perf_counter()
-        for first in range(0, len(items), PADDED_BATCH):
-            self._generate(items[first : first + PADDED_BATCH])
-        return time.perf_counter() - start, sum(item.num_output_tokens for item in items)
-
-    def _generate(self, items: Sequence[Item]) -> None:
-        import torch
-
-        longest = max(len(item.prompt_token_ids) for item in items)
-        input_ids = torch.zeros(len(items), longest, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, item in enumerate(items):
-            input_ids[row, -len(item.prompt_token_ids) :] = torch.tensor(item.prompt_token_ids)
-            attention_mask[row, -len(item.prompt_token_ids) :] = 1
-        num_tokens = max(item.num_output_tokens for item in items)
-        with torch.inference_mode():
-            out = self._model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=num_tokens, do_sample=False
-            )
-        assert out.shape == (len(items), longest + num_tokens)
-
-
-def shortened(items: list[Item]) -> list[Item]:
-    """Eight requests with a quarter of their output: enough to see that everything runs."""
-    return [Item(item.prompt_token_ids, max(4, item.num_output_tokens // 4)) for item in items[:8]]
+    return elapsed_s, [sum(len(sequence.token_ids) for sequence in output.outputs) for output in outputs]
 
 
 def main() -> None:
@@ -117,55 +80,62 @@ def main() -> None:
     parser.add_argument("--workload", action="append", choices=list(PURPOSE), help="may be repeated; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system on each workload (default: 3)")
     parser.add_argument("--short", action="store_true", help="eight requests of W1, short outputs, one round")
-    parser.add_argument("--without-transformers", action="store_true", help="leave transformers' padded batches out")
+    parser.add_argument("--quantization", nargs="+", choices=list(FORMS), default=["none"], help="ours in each (default: none)")
     parser.add_argument("--output", type=Path, help="a file to append JSON lines to")
     arguments = parser.parse_args()
     names = ["w1"] if arguments.short else arguments.workload or list(PURPOSE)
-    rounds = 1 if arguments.short else arguments.rounds
 
-    systems: dict[str, Run] = {"cacheflow": lambda items, n: run_cacheflow(arguments.model, items, n)}
-    if "w1" in names and not arguments.without_transformers:
-        systems["transformers, padded batch of 16"] = PaddedTransformers(arguments.model)
-    facts = surroundings()
-    speeds: dict[tuple[str, str], list[float]] = {}
-    for round_number in range(rounds):
-        for name in names:
-            items = shortened(workload(name)) if arguments.short else workload(name)
-            n = 4 if name == "w5" else 1
-            for system, run in systems.items():
-                if system != "cacheflow" and name != "w1":
-                    continue
-                elapsed_s, num_output_tokens = run(items, n)
+    limits, facts = measure_limits(), surroundings()
+    rates: dict[tuple[str, str], list[float]] = {}
+    bounds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_1B_CONFIG))
+        for round_number in range(1 if arguments.short else arguments.rounds):
+            for name in names:
+                items = shortened(workload(name)) if arguments.short else workload(name)
+                n = 4 if name == "w5" else 1
+                model, shape = (folder, LLAMA_1B) if name == "w6" else (arguments.model, SMOLLM2_135M)
+                is_random = {"load_format": "dummy", "tokenizer": "demo"} if name == "w6" else {}
                 num_prompt_tokens = sum(len(item.prompt_token_ids) for item in items)
-                speeds.setdefault((name, system), []).append(num_output_tokens / elapsed_s)
-                print(f"{name} {system}: {num_prompt_tokens} + {num_output_tokens} tokens in {elapsed_s:.2f} s", flush=True)
-                write(
-                    arguments.output,
-                    {
-                        "benchmark": "offline",
-                        "workload": name,
-                        "is_short": arguments.short,
-                        "system": system,
-                        "model": arguments.model,
-                        "round": round_number,
-                        "num_requests": len(items),
-                        "num_prompt_tokens": num_prompt_tokens,
-                        "num_output_tokens": num_output_tokens,
-                        "elapsed_s": round(elapsed_s, 4),
-                        **facts,
-                    },
-                )
-    print_table(speeds)
+                least_s = bound_s(items, n, shape, limits)
+                for form in arguments.quantization:
+                    elapsed_s, counts = run_cacheflow(model, items, n, quantization=form, **is_random)
+                    num_counted = num_prompt_tokens if name in COUNTS else sum(counts)
+                    rates.setdefault((name, form), []).append(num_counted / elapsed_s)
+                    bounds[name] = num_counted / least_s
+                    print(f"{name} {form}: {num_prompt_tokens} + {sum(counts)} tokens in {elapsed_s:.2f} s", flush=True)
+                    write(
+                        arguments.output,
+                        {
+                            "benchmark": "offline",
+                            "workload": name,
+                            "is_short": arguments.short,
+                            "system": "cacheflow",
+                            "quantization": form,
+                            "model": "the shape of Llama-3.2-1B, random weights" if name == "w6" else arguments.model,
+                            "round": round_number,
+                            "num_requests": len(items),
+                            "num_prompt_tokens": num_prompt_tokens,
+                            "num_output_tokens": sum(counts),
+                            "elapsed_s": round(elapsed_s, 4),
+                            "roofline_s": round(least_s, 4),
+                            "limits": vars(limits),
+                            **facts,
+                        },
+                    )
+    print_table(rates, bounds)
 
 
-def print_table(speeds: dict[tuple[str, str], list[float]]) -> None:
-    """Medians and ranges, and how many times faster cacheflow is than what ran beside it."""
-    print("\n| workload | system | output tokens/s | range | cacheflow is faster by |\n| --- | --- | --- | --- | --- |")
-    for (name, system), runs in speeds.items():
-        ours = statistics.median(speeds[name, "cacheflow"])
-        ratio = "" if system == "cacheflow" else f"{ours / statistics.median(runs):.2f}x"
+def print_table(rates: dict[tuple[str, str], list[float]], bounds: dict[str, float]) -> None:
+    """Medians, ranges, and the share of the bfloat16 roofline."""
+    print("\n| workload | weights | tokens/s | range (runs) | of the roofline |\n| --- | --- | --- | --- | --- |")
+    for (name, form), runs in rates.items():
+        middle, unit = statistics.median(runs), COUNTS.get(name, "output")
+        weights = "bfloat16" if form == "none" else form
         spread = f"{min(runs):.1f} to {max(runs):.1f} ({len(runs)})"
-        print(f"| {name.upper()}: {PURPOSE[name]} | {system} | {statistics.median(runs):.1f} | {spread} | {ratio} |")
+        print(
+            f"| {name.upper()}: {PURPOSE[name]} ({unit}) | {weights} | {middle:.1f} | {spread} | {middle / bounds[name]:.0%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ def workload(name: str) -> list[Item]:
     return [Item(entry["prompt"], entry["out"]) for entry in map(json.loads, lines)]
 
 
+def shortened(items: list[Item]) -> list[Item]:
+    """Eight requests with a quarter of their output: enough to see that everything runs."""
+    return [Item(item.prompt_token_ids, max(4, item.num_output_tokens // 4)) for item in items[:8]]
+
+
 def surroundings() -> dict[str, Any]:
     """Versions, commit and hardware: what a figure can't be compared without."""
     return {

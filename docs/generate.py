@@ -18,6 +18,7 @@ from typing import Any
 
 from cacheflow import SamplingParams
 from cacheflow.config import EngineConfig, flag_of
+from cacheflow.metrics import COUNTERS, ENGINE_COUNTERS, ENGINE_GAUGES, ENGINE_UP, HISTOGRAMS, PREFIX
 from cacheflow.plugins import GROUPS, find_plugins, load_plugin
 
 DOCS = Path(__file__).parent
@@ -81,6 +82,19 @@ def sampling_parameters() -> str:
     return table(("parameter", "default", "meaning"), rows)
 
 
+def metrics() -> str:
+    """Every metric that a server exposes, with the suffix that Prometheus' format gives to counters."""
+    rows = []
+    for name, (text, _) in HISTOGRAMS.items():
+        rows.append((f"`{PREFIX}{name}`", "histogram", text))
+    for name, (text, label) in COUNTERS.items():
+        rows.append((f"`{PREFIX}{name}_total`", f"counter by `{label}`", text))
+    rows.append((f"`{PREFIX}engine_up`", "gauge", ENGINE_UP))
+    rows += [(f"`{PREFIX}{name}`", "gauge", text) for name, text in ENGINE_GAUGES.items()]
+    rows += [(f"`{PREFIX}{name}_total`", "counter", text) for name, text in ENGINE_COUNTERS.items()]
+    return table(("metric", "kind", "meaning"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": lambda: members("cacheflow.models", by_module=True),
     "weight-loaders": lambda: members("cacheflow.weight_loaders", by_module=True),
@@ -91,6 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "simple-options": lambda: options(load_plugin("cacheflow.frontends", "simple").options),
     "openai-options": lambda: options(load_plugin("cacheflow.frontends", "openai").options),
     "sampling-parameters": sampling_parameters,
+    "metrics": metrics,
 }
 
 

@@ -11,7 +11,7 @@ import openai
 
 
 def main() -> None:
-    """Completes a text at once and as it grows."""
+    """Completes a text at once and as it grows; chats, if the model was made for it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-url", default="http://localhost:8000/v1")
     parser.add_argument("--model", default="facebook/opt-125m")
@@ -30,6 +30,14 @@ def main() -> None:
     for chunk in openai.Completion.create(model=arguments.model, prompt="San Francisco is a", temperature=0, stream=True):
         print(chunk["choices"][0]["text"], end="", flush=True)
     print()
+
+    try:
+        answer = openai.ChatCompletion.create(
+            model=arguments.model, messages=[{"role": "user", "content": "What is the capital of France?"}], max_tokens=32
+        )
+        print("Answer:", answer["choices"][0]["message"]["content"])
+    except openai.error.InvalidRequestError as error:
+        print("No chat with this model:", error)
 
 
 if __name__ == "__main__":

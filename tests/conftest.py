@@ -35,6 +35,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scripted_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that says what `scripted` has it say, tool calls among it."""
+    from scripted import write_scripted_llama
+
+    return write_scripted_llama(tmp_path_factory.mktemp("models") / "scripted-llama")
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo model's GGUF file, which `./run fetch` has put into the user's cache."""
     from cacheflow.loading.demo import demo_file

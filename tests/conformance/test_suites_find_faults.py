@@ -81,8 +81,25 @@ class NormsInBfloat16(TorchOps):
 
 
 class ForgetsTheBias(TorchOps):
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        return super().linear(weight, None)
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return super().linear(weight, None, form=form, is_gated=is_gated)
+
+
+class OpensNoGate(TorchOps):
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        product = super().linear(weight, bias, form=form)
+        return (lambda x: product(x)[:, : weight.shape[0] // 2]) if is_gated else product
+
+
+class QuantisesTooMuch(TorchOps):
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return super().linear(weight, bias, form="int4" if form == "int8" else form, is_gated=is_gated)
 
 
 class MixesUpThePairs(TorchOps):
@@ -213,6 +230,8 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("op_providers", NormsInBfloat16, "rms_norm"),
     ("op_providers", NormsInBfloat16, "fused_add_rms_norm"),
     ("op_providers", ForgetsTheBias, "linear"),
+    ("op_providers", OpensNoGate, "gated_linear"),
+    ("op_providers", QuantisesTooMuch, "quantised_linear"),
     ("op_providers", MixesUpThePairs, "rotary"),
     ("logits_processors", MasksEveryRow, "only_given_rows_change"),
     ("logits_processors", AlwaysThere, "default_params_do_not_use_it"),

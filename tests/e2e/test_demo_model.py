@@ -76,3 +76,11 @@ def test_beams_are_those_of_transformers(demo_model: Path, exact: LLM) -> None:
 def test_the_model_knows_the_capital_of_france(exact: LLM) -> None:
     output = exact.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)[0]
     assert "Paris" in output.outputs[0].text
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "int8-dynamic"])
+def test_quantised_weights_give_sane_text(demo_model: Path, quantization: str) -> None:
+    with LLM(model=str(demo_model), quantization=quantization, kv_cache_memory=0.2, max_model_len=256) as engine:
+        outputs = engine.generate(PROMPTS[:2], SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
+    assert outputs[0].outputs[0].text.startswith(" Paris")
+    assert outputs[1].outputs[0].text.strip()

@@ -26,6 +26,7 @@ from cacheflow.errors import (
     CheckpointError,
     ConfigError,
     EngineDeadError,
+    EngineDrainingError,
     InvalidRequestError,
     ModelNotFoundError,
     RequestFailedError,
@@ -269,6 +270,25 @@ def test_a_loop_that_is_left_by_break_aborts_its_request(service: Service) -> No
     with_server(lambda: AsyncLLMServer.connect(service.address), work)
 
 
+def test_a_server_that_drains_is_not_ready_refuses_what_is_new_and_finishes_what_runs(service: Service) -> None:
+    async def work(server: AsyncLLMServer) -> None:
+        outputs = server.generate("hello", replace(GREEDY, max_tokens=200))
+        await anext(outputs)
+        view = await server.view()
+        assert [r.num_sequences for r in view.requests if r.is_running] == [1]
+        assert (server.is_ready, server.is_draining) == (True, False)
+        draining = asyncio.create_task(server.drain(PATIENCE_S))
+        await asyncio.sleep(0)
+        assert (server.is_ready, server.is_draining) == (False, True)
+        for late in (last_output(server, "late", GREEDY), server.embed("late")):
+            with pytest.raises(EngineDrainingError):
+                await late
+        assert [output async for output in outputs][-1].outputs[0].finish_reason == "length"
+        await draining
+
+    with_server(lambda: AsyncLLMServer.connect(service.address), work)
+
+
 def test_bad_requests_are_refused_before_they_are_sent(service: Service) -> None:
     async def work(server: AsyncLLMServer) -> None:
         limit = server.model_info.max_model_len
@@ -335,7 +355,7 @@ def test_off_this_machine_neither_side_goes(tiny_llama: Path) -> None:
         asyncio.run(AsyncLLMServer.connect("tcp://192.0.2.1:5000"))
     done = subprocess.run([sys.executable, "-c", SERVE, str(tiny_llama), "tcp://0.0.0.0:5000"], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "neither encrypted nor authenticated" in done.stderr
+    assert "neither encrypted nor authenticated without a key" in done.stderr
 
 
 # --- a supervised child ---------------------------------------------------------------------------------------------
@@ -431,6 +451,22 @@ def test_a_request_that_kills_its_engine_fails_alone(tiny_llama: Path, tmp_path:
             return [o.outputs[0].token_ids for o in await asyncio.gather(*readers)]
 
     assert asyncio.run(main(True)) == asyncio.run(main(False))
+
+
+def test_a_request_that_hangs_its_engine_fails_alone(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = DEADLY.replace("os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1000)").replace("import os", "import time, os")
+    install(tmp_path, "hanging", code, "cacheflow.logits_processors", "Deadly")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", 0.0)
+
+    async def main() -> None:
+        async with await AsyncLLMServer.start(EngineConfig(model=str(tiny_llama), step_timeout=3.0)) as server:
+            other = asyncio.create_task(last_output(server, "hello", replace(GREEDY, max_tokens=300)))
+            with pytest.raises(RequestFailedError, match="died 3 times while it ran this request"):
+                await last_output(server, "The future", replace(GREEDY, extra={"deadly": True}))
+            assert len((await other).outputs[0].token_ids) == 300
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_an_engine_that_keeps_dying_is_given_up_and_leaves_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,9 @@ def layer(
     kernels.copy_blocks([k_cache, v_cache], pairs)
     kernels.swap_blocks(k_cache, v_cache, pairs)
     attended = kernels.paged_attention(q.view(3, 2, 32), k_cache, v_cache, block_tables, seq_lens, query_start_loc, window=2)
-    return kernels.silu_and_mul(attended.flatten(1)) + kernels.gelu_and_mul(hidden, approximate="tanh")
+    values, _, normalisers = kernels.row_maxima(hidden)
+    gated = kernels.silu_and_mul(attended.flatten(1)) + kernels.gelu_and_mul(hidden, approximate="tanh")
+    return gated + (values - normalisers)[:, None]
 
 
 def test_a_compiled_function_is_one_graph_with_the_eager_result() -> None:
@@ -80,6 +82,7 @@ CALLS: dict[str, Callable[[Inputs], tuple[object, ...]]] = {
     "rotary": lambda t: (t["x"], t["x"].clone(), t["positions"], t["cos_sin"], 32, False),
     "silu_and_mul": lambda t: (t["x"],),
     "gelu_and_mul": lambda t: (t["x"], "none"),
+    "row_maxima": lambda t: (t["x"],),
     "store_kv": lambda t: (t["x"].view(3, 2, 32), t["x"].view(3, 2, 32), t["k_cache"], t["v_cache"], t["positions"]),
     "copy_blocks": lambda t: ([t["k_cache"], t["v_cache"]], t["pairs"]),
     "swap_blocks": lambda t: (t["k_cache"], t["v_cache"], t["pairs"]),

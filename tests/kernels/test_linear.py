@@ -17,6 +17,7 @@ from torch.nn import functional
 from cacheflow_kernels import linear, reference
 from cacheflow_kernels.accuracy import relative_rms
 from cacheflow_kernels.cpu import library
+from cacheflow_kernels.cpu.linear import linear as cpu_linear
 
 SHAPES = ((1, 1), (50, 37), (64, 128), (98, 130), (200, 576))
 """out_features, in_features: whole panels, and outputs that are no multiple of 32 with odd inputs."""
@@ -169,7 +170,7 @@ def test_bad_arguments_are_refused_by_name(implementation: str) -> None:
         ({"weight": weight[:5], "is_gated": True}, "is_gated needs"),
     ):
         with pytest.raises(ValueError, match=message):
-            linear(**arguments, implementation=implementation)  # type: ignore[arg-type]
+            linear(**arguments, implementation=implementation)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +198,19 @@ def test_the_environment_chooses_the_level(wanted: str) -> None:
         assert "Usable levels: avx2" in result.stderr
     else:
         assert result.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_a_float32_weight_may_be_quantised_for_bfloat16_rows(level: str, form: str) -> None:
+    weight, x = random(96, 130, dtype=torch.float32), random(9, 130, dtype=torch.bfloat16, seed=1)
+    out = cpu_linear(weight, None, form, 32, False, torch.bfloat16)(x)
+    expected = reference.linear(weight, None, form, 32, False)(x.float())
+    assert out.dtype == torch.bfloat16
+    assert relative_rms(out, expected) <= 5e-3
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("rows", [1, 8, 12, 13, 16, 17, 33])
+def test_rows_are_read_in_place_or_copied_with_the_same_result(level: str, form: str, rows: int) -> None:
+    multiply, x = linear(random(64, 64, dtype=torch.bfloat16), form=form), random(rows, 96, dtype=torch.bfloat16)
+    assert torch.equal(multiply(x[:, :64]), multiply(x[:, :64].contiguous()))

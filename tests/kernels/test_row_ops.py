@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.nn import functional
 
-from cacheflow_kernels import fused_add_rms_norm, gelu_and_mul, layer_norm, rms_norm, rotary, silu_and_mul
+from cacheflow_kernels import fused_add_rms_norm, gelu_and_mul, layer_norm, rms_norm, rotary, row_maxima, silu_and_mul
 from cacheflow_kernels.accuracy import LIMITS, ROW_SHAPES, relative_rms, rows
+from cacheflow_kernels.cpu import library
 
 shapes = pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -111,3 +112,43 @@ def test_rotary_in_a_narrow_dtype_stays_within_its_limit_on_strided_rows(dtype: 
 def test_a_weight_of_another_size_is_named() -> None:
     with pytest.raises(ValueError, match=r"^weight must be \[8\]"):
         rms_norm(torch.zeros(2, 8), torch.zeros(7))
+
+
+def levels() -> list[str]:
+    loaded = library.load()
+    return [] if loaded is None else list(library.LEVELS[1 : int(loaded.cf_machine_level()) + 1])
+
+
+@pytest.fixture(params=[*levels(), "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    loaded = library.load()
+    if request.param == "reference":
+        yield "reference"
+        return
+    assert loaded is not None
+    before = library.level()
+    loaded.cf_set_level(library.LEVELS.index(request.param))
+    yield "cpu"
+    loaded.cf_set_level(library.LEVELS.index(before))
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 7, 16, 1003, 40_000])
+def test_row_maxima_are_torchs_and_of_equals_the_first(implementation: str, dtype: torch.dtype, size: int) -> None:
+    # Few different numbers, so that the largest is there more than once.
+    x = (torch.randn(3, size + 5, generator=torch.Generator().manual_seed(2)) * 3).round().to(dtype)[:, 2 : size + 2]
+    values, indices, normalisers = row_maxima(x, implementation=implementation)
+    largest = x.float().amax(dim=1)
+    assert torch.equal(values, largest)
+    assert indices.tolist() == [row.tolist().index(value) for row, value in zip(x.float(), largest.tolist(), strict=True)]
+    torch.testing.assert_close(normalisers, x.double().logsumexp(dim=1).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_is_not_numbers_has_a_normaliser_that_is_not_finite(implementation: str) -> None:
+    x = torch.zeros(4, 50)
+    x[0, 49], x[1, 3], x[2] = float("nan"), float("inf"), float("-inf")
+    x[3, 1:] = float("-inf")
+    _, indices, normalisers = row_maxima(x, implementation=implementation)
+    assert normalisers.isfinite().tolist() == [False, False, False, True]
+    assert indices[3] == 0
+    assert normalisers[3] == 0

@@ -54,23 +54,25 @@ def test_fused_matrices_joined_over_ranks_are_the_checkpoints(
     names = [f"part{index}" for index in range(len(units))]
     checkpoint = {f"{name}.weight": torch.randn(size, in_features) for name, size in zip(names, sizes, strict=True)}
     checkpoint |= {f"{name}.bias": torch.randn(size) for name, size in zip(names, sizes, strict=True)}
-    ranks = contexts(num_ranks)
-    for context in ranks:
+    ranks = []
+    for context in contexts(num_ranks):
         context.linear(names, in_features, sizes, bias=True, split=split, unit=unit)  # type: ignore[arg-type]
+        ranks.append({name: context.parameter(name) for name in checkpoint})
         for name, tensor in checkpoint.items():
             context.load(name, tensor)
     for name, tensor in checkpoint.items():
-        kept = [context.parameter(name).part(name) for context in ranks]
-        assert torch.equal(ranks[0].parameter(name).shards[name].join(kept), tensor)
+        kept = [parameters[name].part(name) for parameters in ranks]
+        assert torch.equal(ranks[0][name].shards[name].join(kept), tensor)
 
 
 @given(vocab_size=st.integers(1, 50), num_ranks=st.integers(1, 6))
 def test_a_vocabulary_that_ranks_do_not_divide_is_padded_and_joined_whole(vocab_size: int, num_ranks: int) -> None:
     table = torch.randn(vocab_size, 3)
-    ranks = contexts(num_ranks)
-    for context in ranks:
+    ranks = []
+    for context in contexts(num_ranks):
         context.output_head("head", vocab_size, 3)
+        ranks.append(context.parameter("head.weight"))
         context.load("head.weight", table)
-    kept = [context.parameter("head.weight").tensor for context in ranks]
+    kept = [parameter.tensor for parameter in ranks]
     assert len({tensor.shape for tensor in kept}) == 1
-    assert torch.equal(ranks[0].parameter("head.weight").shards["head.weight"].join(kept), table)
+    assert torch.equal(ranks[0].shards["head.weight"].join(kept), table)

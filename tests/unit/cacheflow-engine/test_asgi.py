@@ -18,7 +18,13 @@ from cacheflow.asgi import (
     send_stream,
     while_connected,
 )
-from cacheflow.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError, RequestFailedError
+from cacheflow.errors import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineOverloadedError,
+    InvalidRequestError,
+    RequestFailedError,
+)
 
 
 def receiver(*messages: dict[str, Any]) -> Receive:
@@ -42,11 +48,12 @@ GONE = {"type": "http.disconnect"}
     ("error", "status", "code"),
     [
         (InvalidRequestError("n must be 1.", param="n"), 400, None),
-        (BodyTooLargeError("Too large."), 413, None),
+        (BodyTooLargeError(10), 413, None),
         (ClientGoneError("Gone."), 499, "client_gone"),
         (RequestFailedError("It failed."), 500, "request_failed"),
         (EngineDeadError("It is dead."), 503, "engine_unavailable"),
         (EngineOverloadedError("It is full."), 503, "overloaded"),
+        (EngineDrainingError("It is ending."), 503, "draining"),
     ],
 )
 def test_every_error_of_ours_has_its_status_and_is_told(error: Exception, status: int, code: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -208,9 +209,9 @@ def test_logit_bias_takes_token_ids_as_json_must_write_them(client: Any, engine:
 
 
 def test_unknown_fields_are_ignored_and_named_in_a_header(client: Any) -> None:
-    answer = client.post("/v1/completions", json={"prompt": "a", "user": "me", "guided_json": {}, "bad\r\nname: x": 1})
+    answer = client.post("/v1/completions", json={"prompt": "a", "user": "me", "guided_json": {}, "bad\r\nname: x": 1, "": 1})
     assert answer.status_code == 200
-    assert answer.headers["x-cacheflow-ignored-fields"] == "guided_json, bad%0D%0Aname%3A%20x"
+    assert answer.headers["x-cacheflow-ignored-fields"] == 'guided_json, bad%0D%0Aname%3A%20x, ""'
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,33 @@ def test_a_bad_field_is_named(client: Any, fields: dict[str, Any], param: str) -
     assert error["param"] == param
     assert param in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "a b " * 400}, {"prompt": "a", "max_tokens": 512}, {"prompt": [5] * 512}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_fit_into_the_context_is_refused_as_openai_does(
+    client: Any, fields: dict[str, Any], stream: bool
+) -> None:
+    error = refusal(client, stream=stream, **fields)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == ("max_tokens" if "max_tokens" in fields else "prompt")
+    assert "512" in error["message"]
+
+
+def test_best_of_counts_all_that_was_generated(client: Any) -> None:
+    usage = complete(client, prompt="Hello", best_of=4, n=2, max_tokens=5, ignore_eos=True)["usage"]
+    assert usage["completion_tokens"] == 20
+
+
+def test_32_greedy_streams_at_a_time_have_the_texts_that_they_have_alone(client: Any) -> None:
+    def text(number: int) -> str:
+        chunks = events(client, prompt=f"{number} Hello, my name", temperature=0, max_tokens=24, ignore_eos=True)
+        return joined(chunks)[0]["text"]
+
+    alone = [text(number) for number in range(32)]
+    with ThreadPoolExecutor(32) as threads:
+        assert list(threads.map(text, range(32))) == alone
+    assert len(set(alone)) > 1
 
 
 def test_a_stream_that_is_refused_has_the_status_of_the_refusal(client: Any) -> None:

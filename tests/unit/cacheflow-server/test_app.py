@@ -10,6 +10,7 @@ import pytest
 
 from cacheflow.types import SAMPLING_FIELDS, CompletionOutput, SamplingParams
 from cacheflow_server.app import SimpleFrontend, SimpleOptions
+from cacheflow_server.schema import FIELDS
 
 ORIGIN = {"origin": "https://a.example"}
 QUICKSTART_BODY = b"""{
@@ -82,7 +83,7 @@ def test_every_sampling_parameter_is_accepted(client: Any) -> None:
         "max_tokens": 4, "min_tokens": 2, "logit_bias": {"7": 1.5},
         "allowed_token_ids": list(range(4, 300)), "bad_words": ["bad"], "skip_special_tokens": False, "extra": {},
     }  # fmt: skip
-    assert set(values) == set(SAMPLING_FIELDS) - {"logprobs", "prompt_logprobs"}
+    assert set(values) == set(SAMPLING_FIELDS) - {"logprobs", "prompt_logprobs", "structured"}
     answer = client.post("/generate", json={"prompt": "Hello", **values})
     assert answer.status_code == 200, answer.text
 
@@ -94,11 +95,83 @@ def test_a_null_means_the_default(client: Any) -> None:
     assert client.post("/generate", json={**plain, **nulls}).json() == client.post("/generate", json=plain).json()
 
 
-@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
-def test_log_probabilities_are_left_to_the_openai_frontend(client: Any, name: str) -> None:
-    error = refusal(client, {"prompt": "a", name: 1})
-    assert error["param"] == name
+def test_log_probabilities_of_the_prompt_are_left_to_the_openai_frontend(client: Any) -> None:
+    error = refusal(client, {"prompt": "a", "prompt_logprobs": 1})
+    assert error["param"] == "prompt_logprobs"
     assert "cacheflow serve openai" in error["message"]
+
+
+def test_log_probabilities_stand_beside_the_texts_they_spell(client: Any) -> None:
+    asked = {"prompt": "Hello", "n": 2, "seed": 3, "logprobs": 2, "max_tokens": 5}
+    answer = client.post("/generate", json=asked).json()
+    assert set(answer) == {"text", "logprobs"}
+    for entries in answer["logprobs"]:
+        assert len(entries) == 5
+        for entry in entries:
+            assert entry["top"][entry["token"]] == entry["logprob"] <= 0
+            assert 1 <= len(entry["top"]) <= 3
+    plain = {name: value for name, value in asked.items() if name != "logprobs"}
+    assert client.post("/generate", json=plain).json() == {"text": answer["text"]}
+
+
+def test_a_stream_with_log_probabilities_grows_to_the_whole_answer(client: Any) -> None:
+    asked = {"prompt": "Hello", "temperature": 0, "logprobs": 1, "max_tokens": 8}
+    streamed = documents(client.post("/generate", json={**asked, "stream": True}).content)
+    assert streamed[-1] == client.post("/generate", json=asked).json()
+    lengths = [len(document["logprobs"][0]) for document in streamed]
+    assert lengths == sorted(lengths)
+    assert len(streamed) > 2
+
+
+def events(body: bytes) -> list[dict[str, Any]]:
+    *parts, done, rest = body.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"logprobs": 1}])
+def test_a_client_that_accepts_events_gets_events_up_to_done(client: Any, fields: dict[str, Any]) -> None:
+    asked = {"prompt": "Hello", "temperature": 0, "max_tokens": 8, **fields}
+    answer = client.post("/generate", json=asked, headers={"accept": "text/event-stream"})
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    streamed = events(answer.content)
+    whole = client.post("/generate", json={**asked, "stream": False}, headers={"accept": "text/event-stream"})
+    assert whole.headers["content-type"] == "application/json"
+    assert streamed[-1] == {**whole.json(), "finish_reasons": ["length"]}
+    assert streamed[0]["finish_reasons"] == [None]
+
+
+def test_a_refused_request_for_events_is_an_error_with_its_status(client: Any) -> None:
+    answer = client.post("/generate", json={"prompt": ""}, headers={"accept": "text/event-stream"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_the_openapi_document_has_every_field_and_status(client: Any) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) == set(FIELDS)
+    assert all(value["description"] for value in schema["properties"].values())
+    assert schema["properties"]["temperature"]["type"] == "number"
+    assert schema["properties"]["stop"] | {"description": ""} == {
+        "type": "array", "items": {"type": "string"}, "default": [], "description": "",
+    }  # fmt: skip
+    assert {"200", "400", "401", "403", "413", "431", "500", "503"} <= set(operation["responses"])
+    assert "422" not in operation["responses"]
+
+
+def test_metrics_and_statistics_tell_of_what_was_generated(client: Any) -> None:
+    client.post("/generate", json={"prompt": "Hello", "max_tokens": 4})
+    metrics = client.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "cacheflow:time_to_first_token_seconds_bucket{" in metrics.text
+    assert 'cacheflow:engine_up{model_name="facebook/opt-125m"} 1.0' in metrics.text
+    stats = client.get("/stats").json()
+    assert set(stats) == {"model", "engine", "latency"}
+    assert stats["engine"]["num_generated_tokens"] >= 4
+    assert stats["latency"]["ttft_s"]["p50"] > 0
+    view = client.get("/stats/view").json()
+    assert set(view) == {"stats", "requests", "blocks"}
+    assert len(view["blocks"]) == view["stats"]["num_blocks"]
 
 
 def test_logit_bias_takes_token_ids_as_json_must_write_them(client: Any, engine: Any) -> None:
@@ -171,8 +244,10 @@ def test_a_client_that_hangs_up_frees_its_blocks(client: Any, engine: Any, loop:
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
-def test_without_allowed_origins_there_are_no_cors_headers(client: Any) -> None:
-    assert not [name for name in client.get("/health", headers=ORIGIN).headers if name.startswith("access-control")]
+def test_without_allowed_origins_no_web_page_may_call(client: Any) -> None:
+    answer = client.get("/health", headers=ORIGIN)
+    assert answer.status_code == 403
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_a_page_of_an_allowed_origin_may_call(engine: Any, app_client: Any) -> None:
@@ -188,3 +263,27 @@ def test_a_page_of_an_allowed_origin_may_call(engine: Any, app_client: Any) -> N
     refused = {**ORIGIN, "access-control-request-method": "PUT"}
     assert client.request("OPTIONS", "/generate", headers=refused).status_code == 400
     assert "access-control-allow-origin" not in client.get("/health", headers={"origin": "https://b.example"}).headers
+
+
+def test_an_error_of_ours_that_nobody_foresaw_tells_nothing_and_carries_cors_headers(engine: Any, app_client: Any) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+        def generate(self, *_: Any) -> Any:
+            raise RuntimeError("secret")
+
+    client = app_client(SimpleFrontend.create_app(Broken(), SimpleOptions(allowed_origins=("https://a.example",))))  # type: ignore[arg-type]
+    answer = client.post("/generate", json={"prompt": "a"}, headers=ORIGIN)
+    assert answer.status_code == 500
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert "secret" not in answer.text
+    assert "server's log" in answer.json()["error"]["message"]
+
+
+def test_the_page_needs_no_key_and_everything_else_does(engine: Any, app_client: Any) -> None:
+    client = app_client(SimpleFrontend.create_app(engine, SimpleOptions(api_key=("k",))))
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert [client.get(path).status_code for path in ("/health", "/stats", "/metrics", "/openapi.json")] == [200, 401, 401, 401]

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cacheflow.async_server import AsyncLLMServer
     from cacheflow.llm import LLM
-    from cacheflow.types import CompletionOutput, RequestOutput, SamplingParams
+    from cacheflow.types import CompletionOutput, EmbeddingOutput, RequestOutput, SamplingParams, StructuredOutput
 
-__all__ = ["LLM", "AsyncLLMServer", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLMServer",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutput",
+]
 
 _HOMES = {
     "LLM": "cacheflow.llm",
@@ -20,6 +28,8 @@ _HOMES = {
     "SamplingParams": "cacheflow.types",
     "RequestOutput": "cacheflow.types",
     "CompletionOutput": "cacheflow.types",
+    "EmbeddingOutput": "cacheflow.types",
+    "StructuredOutput": "cacheflow.types",
 }
 
 

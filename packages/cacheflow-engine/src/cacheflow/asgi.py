@@ -14,12 +14,13 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from cacheflow.errors import CacheflowError, EngineDeadError, EngineOverloadedError, InvalidRequestError
+from cacheflow.errors import CacheflowError, EngineDeadError, EngineDrainingError, EngineOverloadedError, InvalidRequestError
 from cacheflow.types import SamplingParams
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 
 class ClientGoneError(CacheflowError):
@@ -27,7 +28,10 @@ class ClientGoneError(CacheflowError):
 
 
 class BodyTooLargeError(InvalidRequestError):
-    """A request body over the limit. Answered with 413."""
+    """A request body of more than `max_bytes`. Answered with 413."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"The request body is over {max_bytes} bytes. Send fewer or shorter prompts at a time.")
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,28 @@ def answer_for(error: Exception) -> ErrorAnswer:
         return ErrorAnswer(status, error_document(text, "invalid_request_error", error.param))
     if isinstance(error, EngineOverloadedError):
         retry = {"retry-after": str(math.ceil(error.retry_after_s))}
-        return ErrorAnswer(503, error_document(text, "server_error", code="overloaded"), retry)
+        code = "draining" if isinstance(error, EngineDrainingError) else "overloaded"
+        return ErrorAnswer(503, error_document(text, "server_error", code=code), retry)
     if isinstance(error, EngineDeadError):
         return ErrorAnswer(503, error_document(text, "server_error", code="engine_unavailable"))
     if isinstance(error, CacheflowError):
         return ErrorAnswer(500, error_document(text, "server_error", code="request_failed"))
     return ErrorAnswer(500, error_document("Internal error; the server's log has the details.", "server_error"))
+
+
+async def send_answer(
+    send: Send, status: int, content_type: str, body: bytes, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answers a request as a whole."""
+    named = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
+    raw_headers = [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw_headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, answer: ErrorAnswer) -> None:
+    """Answers a request with an error."""
+    await send_answer(send, answer.status, "application/json", json.dumps(answer.document).encode(), answer.headers)
 
 
 async def read_json_object(receive: Receive, max_bytes: int) -> dict[str, Any]:
@@ -85,7 +105,7 @@ async def read_json_object(receive: Receive, max_bytes: int) -> dict[str, Any]:
         body += message.get("body", b"")
         more = message.get("more_body", False)
         if len(body) > max_bytes:
-            raise BodyTooLargeError(f"The request body is over {max_bytes} bytes. Send fewer or shorter prompts at a time.")
+            raise BodyTooLargeError(max_bytes)
     try:
         document = json.loads(body, parse_constant=_refuse_constant)
         # JSON can write half of a surrogate pair ("\ud800"), which is no character and can't be encoded again.

@@ -25,6 +25,8 @@ COMMANDS = {
     "generate": ("cacheflow.entrypoints.generate", "Generate texts for prompts, from the command line or a file."),
     "serve": ("cacheflow.entrypoints.serve", "Serve a model over HTTP with an installed frontend."),
     "engine": ("cacheflow.entrypoints.engine", "Run the engine alone, for frontends in other processes."),
+    "top": ("cacheflow.entrypoints.top", "Watch a server in the terminal: KV blocks, requests, rates, latencies."),
+    "bench": ("cacheflow.entrypoints.bench", "Measure the throughput of a model on this machine."),
     "plugins": ("cacheflow.entrypoints.plugins", "List the installed plugins, or check one against its contract."),
 }
 """The engine's own subcommands: the module that defines each under its own name, and its line in the help."""

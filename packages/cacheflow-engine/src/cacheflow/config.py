@@ -24,6 +24,7 @@ def option(
     maximum: float | None = None,
     unit: str | None = None,
     flags: Iterable[str] = (),
+    is_secret: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -35,6 +36,7 @@ def option(
         maximum: The largest value.
         unit: Of the number.
         flags: More names on the command line, such as "-tp".
+        is_secret: Its value must not stand in a log or a message.
     """
     metadata = {
         "help": help,
@@ -44,7 +46,7 @@ def option(
         "unit": unit,
         "flags": tuple(flags),
     }
-    return field(default=default, metadata=metadata)
+    return field(default=default, repr=not is_secret, metadata=metadata)
 
 
 def flag_of(name: str) -> str:
@@ -93,6 +95,12 @@ class EngineConfig:
         "Of weights and arithmetic. auto: the checkpoint's own where the device computes in it, else the next wider.",
         choices=("auto", "default", "half", "float16", "bfloat16", "float", "float32"),
     )
+    quantization: str = option(
+        "none",
+        "How matrices are kept: none (in dtype), int8 or int4 (weights, groups of 32), int8-dynamic (weights and activations).",
+        choices=("none", "int8", "int4", "int8-dynamic"),
+        flags=("-q",),
+    )
     device: str = option("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "Where dummy weights, and seeds that requests leave out, come from.", minimum=0, maximum=2**63 - 1)
     max_model_len: int | None = option(
@@ -113,8 +121,22 @@ class EngineConfig:
     )
     max_num_batched_tokens: int = option(2048, "Token budget of a step.", minimum=1, unit="tokens")
     max_num_seqs: int = option(256, "Most sequences in a step.", minimum=1, unit="sequences")
+    max_n: int = option(128, "Most sequences that one request may ask for (n or best_of).", minimum=1, maximum=128)
+    max_waiting_requests: int = option(
+        4096,
+        "Sequences (a request's n or best_of) that may wait beside those that --max-num-seqs lets run; more are refused. "
+        "For servers.",
+        minimum=0,
+        unit="sequences",
+    )
+    max_waiting_tokens: int = option(
+        1_000_000, "Tokens of the requests that wait; more are refused. For servers.", minimum=1, unit="tokens"
+    )
+    step_timeout: float = option(
+        300.0, "A step that takes longer hangs: the engine process ends, and is started again. 0: never.", minimum=0, unit="s"
+    )
     enable_prefix_caching: bool = option(True, "Keep the blocks of finished requests findable for others.")
-    scheduling_policy: str = option("fcfs", "A name in the cacheflow.schedulers group.")
+    scheduling_policy: str = option("fair", "A name in the cacheflow.schedulers group.")
     attention_backend: str = option("auto", "auto, or a name in the cacheflow.attention_backends group.")
     op_provider: str = option("auto", "auto, or a name in the cacheflow.op_providers group.")
     executor: str = option("auto", "auto, or a name in the cacheflow.executors group.")
@@ -123,6 +145,8 @@ class EngineConfig:
     num_threads: int | None = option(
         None, "CPU threads. Default: OMP_NUM_THREADS, else the cores that this process may use.", minimum=1
     )
+    profile: bool = option(False, "Log where the time of steps goes, every 1,000 steps and at the end.")
+    trace: str | None = option(None, "A file for a trace of the steps, written at the end; ui.perfetto.dev shows it.")
     disable_log_stats: bool = option(False, "No statistics line every 5 seconds.")
     disable_log_requests: bool = option(False, "No log line per request.")
 

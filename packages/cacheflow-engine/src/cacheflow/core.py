@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cacheflow.config import EngineConfig
-from cacheflow.errors import EngineDeadError, InvalidRequestError
+from cacheflow.errors import EngineDeadError, InvalidRequestError, OutOfMemoryError
 from cacheflow.interfaces import Executor, StepOutput
 from cacheflow.kvcache.manager import KVManager
 from cacheflow.plugins import load_plugin, select_plugin
+from cacheflow.profile import EXECUTE, SpanMaker, StepProfile, no_span
 from cacheflow.scheduling.scheduler import Scheduler
 from cacheflow.scheduling.sequence import Request
-from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate
+from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class EngineCore:
     Attributes:
         info: What clients need to know of the model.
         scheduler: Owner of all requests and block tables.
+        span: Records what is done inside it as part of the steps' profile, if there is one.
         on_step: Called with the requests of each step before it runs: a record of what was running if it ends the process.
 
     Raises:
@@ -55,6 +57,12 @@ class EngineCore:
             eos_token_ids=capacity.info.tokenizer.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
         )
+        self._max_n = config.max_n
+        self._profile: StepProfile | None = None
+        self.span: SpanMaker = no_span
+        if config.profile or config.trace is not None:
+            self._profile = StepProfile(config.trace, is_logged=config.profile)
+            self.span = self._profile.span
         self.on_step: Callable[[Iterable[EngineRequest]], None] | None = None
         self._suspects: list[list[Request]] = []
         self._alone: deque[Request] = deque()
@@ -74,6 +82,12 @@ class EngineCore:
         Raises:
             InvalidRequestError: It can never be served; the message has the numbers.
         """
+        if request.params.num_sequences > self._max_n:
+            raise InvalidRequestError(
+                f"n or best_of asks for {request.params.num_sequences} sequences; this engine gives a request at most "
+                f"{self._max_n} (--max-n).",
+                param="best_of" if request.params.best_of is not None else "n",
+            )
         self._check_token_ids(request)
         accepted = self.scheduler.add(request)
         if is_alone:
@@ -100,12 +114,20 @@ class EngineCore:
         """A reading between two steps."""
         return self.scheduler.stats()
 
+    def view(self) -> EngineView:
+        """Who holds which block, between two steps."""
+        return self.scheduler.view()
+
     def close(self) -> None:
         """Frees the model and the KV cache. May be called twice."""
         self._executor.close()
+        if self._profile is not None:
+            self._profile.close()
+            self._profile = None
 
     def _step(self) -> list[RequestUpdate]:
-        step = self.scheduler.schedule(only=self._next_suspects())
+        with self.span("schedule"):
+            step = self.scheduler.schedule(only=self._next_suspects())
         if step is None:
             # All the suspects have ended, or there is nothing to do.
             del self._suspects[-1:]
@@ -113,14 +135,19 @@ class EngineCore:
         if self.on_step is not None:
             self.on_step(self.scheduler.scheduled())
         try:
-            output: StepOutput = self._executor.submit(step).result()
+            with self.span(EXECUTE):
+                output: StepOutput = self._executor.submit(step).result()
         except EngineDeadError:
             raise
         except Exception as error:
             self._executor.check()
-            return self._step_failed(error)
+            return self._step_failed(error, num_tokens=sum(len(entry.token_ids) for entry in step.sequences))
         del self._suspects[-1:]
-        return self.scheduler.apply(step, output)
+        with self.span("apply"):
+            updates = self.scheduler.apply(step, output)
+        if self._profile is not None:
+            self._profile.end_step(sum(len(entry.token_ids) for entry in step.sequences), output.spans)
+        return updates
 
     def _next_suspects(self) -> list[Request] | None:
         if self._suspects:
@@ -129,9 +156,21 @@ class EngineCore:
             self._alone.popleft()
         return [self._alone[0]] if self._alone else None
 
-    def _step_failed(self, error: Exception) -> list[RequestUpdate]:
-        """Nothing of the step counts. Its requests run again in halves, until the culprit is alone, and fails."""
+    def _step_failed(self, error: Exception, num_tokens: int) -> list[RequestUpdate]:
+        """Nothing of the step counts. Its requests run again in halves, until the culprit is alone, and fails.
+
+        When memory ran out there may be no culprit: then steps get smaller first.
+        """
         requests = self.scheduler.rollback()
+        if isinstance(error, OutOfMemoryError):
+            if self.scheduler.make_smaller_steps(num_tokens, requests):
+                logger.warning("A step of %d tokens found too little memory; smaller ones follow. %s", num_tokens, error)
+                return []
+            error = OutOfMemoryError(
+                f"A step of {num_tokens} tokens of this request alone ({requests[0].num_prompt_tokens} prompt tokens, "
+                f"{requests[0].source.params.num_sequences} sequences) found too little memory. Make it shorter, or give the "
+                f"engine more memory, such as by a smaller KV cache. {error}"
+            )
         del self._suspects[-1:]
         if len(requests) > 1:
             middle = len(requests) // 2

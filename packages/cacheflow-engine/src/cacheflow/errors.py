@@ -59,5 +59,13 @@ class EngineOverloadedError(CacheflowError):
         self.retry_after_s = retry_after_s
 
 
+class EngineDrainingError(EngineOverloadedError):
+    """The server or its engine is ending: it finishes what runs and takes nothing new. Another one may be there soon."""
+
+
+class OutOfMemoryError(CacheflowError):
+    """A step needs more memory than there is. An executor raises it; the engine then makes smaller steps."""
+
+
 class RequestFailedError(CacheflowError):
     """A request that was accepted and then failed inside the engine. An HTTP frontend answers 500."""

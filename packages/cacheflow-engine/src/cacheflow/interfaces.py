@@ -7,9 +7,9 @@ answers with the tuple of *reasons why not*; an empty one means yes. This module
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from cacheflow.types import Logprobs, ModelInfo, SamplingParams, TokenizerData
 
@@ -84,7 +84,7 @@ class Attend(Protocol):
 
         Args:
             layer: Its number in the whole model.
-            q: `[num_tokens, num_heads * head_size]`.
+            q: `[num_tokens, num_heads * head_size]`; as k and v overwritten once the next layer begins.
             k: `[num_tokens, num_kv_heads * head_size]`.
             v: Like `k`.
 
@@ -297,8 +297,21 @@ class OpSpec:
     device: torch.device
 
 
+LINEAR_FORMS = ("plain", "int8", "int4", "int8_dynamic")
+"""How `OpProvider.linear` keeps a weight: in the spec's dtype; as integers of 8 bits, or of 4 with a minimum, with a float16
+scale for each `QUANTISATION_GROUP` inputs of an output; as bytes with one scale for each output, to be multiplied by rows that
+are themselves rounded to bytes, each with a scale of its own."""
+
+QUANTISATION_GROUP = 32
+"""Inputs that share a scale in the forms "int8" and "int4": GGUF's Q8_0, Q4_0 and Q4_1 have the same. A last group may be shorter."""
+
+
 class OpProvider(Protocol):
-    """The operations between attention calls. Inputs are contiguous in the last axis; outputs are new tensors unless said."""
+    """The operations between attention calls. Inputs are contiguous in the last axis; outputs are new tensors unless said.
+
+    A provider may have two methods more: `decoder`, which runs all layers of a Llama-shaped model (see `layers.decoder`), and
+    `row_maxima`, which greedy sampling asks (see `sampling.sampler.row_maxima`).
+    """
 
     CONTRACT_VERSION: ClassVar[int]
     priority: ClassVar[int]
@@ -310,11 +323,20 @@ class OpProvider(Protocol):
 
     def __init__(self, spec: OpSpec) -> None: ...
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Packs `weight [out_features, in_features]`, once.
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Packs `weight [out_features, in_features]`, once, and keeps only what it packed.
+
+        Args:
+            weight: In the spec's dtype; in other forms than "plain" any floating-point dtype.
+            bias: `[out_features]` in the spec's dtype, or None.
+            form: One of `LINEAR_FORMS`. A provider without a fast way takes a slow one.
+            is_gated: The first half of the outputs are gates, the second half what they let through, and the result is
+                `silu(first half) * second half`; what is rounded in between is the provider's choice.
 
         Returns:
-            A function from `[num_rows, in_features]` to `[num_rows, out_features]`.
+            A function from `[num_rows, in_features]` to `[num_rows, out_features]`, gated half as many, in the spec's dtype.
         """
         ...
 
@@ -366,6 +388,10 @@ class ProcessorContext(Protocol):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
 
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that steer the model rather than being text."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         ...
@@ -397,7 +423,8 @@ class ProcessorRow:
 class LogitsProcessor(Protocol):
     """Changes logits before a token is chosen. Processors run in the order of `priority`, highest first.
 
-    A class may have `EXAMPLES`, keyword arguments of `SamplingParams` that switch it on, for `cacheflow plugins check`.
+    A class may have `supports(config)`, the reasons why it can't be used here, for `cacheflow plugins`, and
+    `EXAMPLES`, keyword arguments of `SamplingParams` that switch it on, for `cacheflow plugins check`.
     """
 
     CONTRACT_VERSION: ClassVar[int]
@@ -520,6 +547,8 @@ class ScheduledSequence:
         num_prompt_logprobs: How many top log probabilities to give beside each of `scored_token_ids`; None: no scores.
         scored_token_ids: The tokens that follow the scheduled ones in the prompt; the scored positions are the first
             `len(scored_token_ids)` scheduled ones.
+        pooling: What is wanted of the scheduled tokens' last hidden states: their sum ("mean": the scheduler divides), the last
+            one, or nothing.
     """
 
     sequence_id: int
@@ -529,6 +558,7 @@ class ScheduledSequence:
     samples: tuple[SampleSpec, ...] = ()
     num_prompt_logprobs: int | None = None
     scored_token_ids: Sequence[int] = ()
+    pooling: Literal["mean", "last"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -570,10 +600,14 @@ class StepOutput:
     Attributes:
         samples: One list per scheduled sequence, in the step's order, with one entry per `SampleSpec`.
         prompt_logprobs: Likewise: entries for `scored_token_ids`, or None.
+        pooled: `hidden_size` numbers for each scheduled sequence with a `pooling`, by its place in the step.
+        spans: Where the worker's time went, if that is recorded: name, start and duration in ns of the monotonic clock.
     """
 
     samples: list[list[Sample]]
     prompt_logprobs: list[list[Logprobs] | None]
+    pooled: Mapping[int, list[float]] = field(default_factory=dict)
+    spans: tuple[tuple[str, int, int], ...] = ()
 
 
 class Pending(Protocol[T]):
@@ -603,7 +637,7 @@ class Executor(Protocol):
         ...
 
     def submit(self, step: Step) -> Pending[StepOutput]:
-        """Starts a step. If it fails, nothing of it counts."""
+        """Starts a step. If it fails, nothing of it counts; after an `OutOfMemoryError` the next ones are smaller."""
         ...
 
     def check(self) -> None:

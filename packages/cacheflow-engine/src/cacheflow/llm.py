@@ -10,21 +10,24 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
 from cacheflow.errors import InvalidRequestError, RequestFailedError
 from cacheflow.text.assembler import RequestAssembler
-from cacheflow.text.requests import make_request
+from cacheflow.text.embedding import embedding_output
+from cacheflow.text.requests import make_embed_request, make_request
 from cacheflow.text.tokenizer import Tokenizer
 from cacheflow.types import (
     FINISH_ERROR,
     CompletionOutput,
+    EmbeddingOutput,
     EngineRequest,
     EngineStats,
     ModelInfo,
     RequestOutput,
+    RequestUpdate,
     SamplingParams,
 )
 
@@ -159,6 +162,47 @@ class LLM:
         finally:
             self._end(running)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """A vector for each prompt: what its last layer, behind the final norm, says of it.
+
+        Args:
+            prompts: A text, a list of token ids, or several of either.
+            pooling: The mean over the prompt's tokens, or what stands at the last one.
+            normalize: Scale each vector to length 1, as OpenAI's are.
+
+        Raises:
+            InvalidRequestError: A prompt can't be served; none is then.
+            RequestFailedError: A request failed inside the engine.
+        """
+        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        all_prompts: Sequence[Any] = [prompts] if is_single else prompts
+        requests: dict[str, tuple[int, str | None, EngineRequest]] = {}
+        outputs: dict[int, EmbeddingOutput] = {}
+        for position, prompt in enumerate(all_prompts):
+            self._num_requests += 1
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+            name = str(self._num_requests)
+            request = make_embed_request(self._core.info, self.tokenizer, text, ids, name, pooling=pooling)
+            requests[name] = (position, text, request)
+        try:
+            for _, _, request in requests.values():
+                self._core.add(request)
+            while len(outputs) < len(requests):
+                for update in self._step():
+                    if update.request_id in requests:
+                        position, text, request = requests[update.request_id]
+                        outputs[position] = embedding_output(request, update, text, normalize=normalize)
+        finally:
+            for name in requests:
+                self._core.abort(name)
+        return [outputs[position] for position in range(len(outputs))]
+
     def stats(self) -> EngineStats:
         """What the engine has done so far, and how full its KV cache is."""
         return self._core.stats()
@@ -220,17 +264,20 @@ class LLM:
         self._running[name] = running
         return running
 
-    def _step(self) -> None:
+    def _step(self) -> list[RequestUpdate]:
         """One step of the core, whose updates go to whoever waits for them: several iterators may be open at once."""
-        for update in self._core.step():
-            running = self._running.get(update.request_id)
-            if running is None:
-                continue
-            running.assembler.add(update)
-            running.is_invalid = update.is_invalid
-            for index in running.assembler.take_stopped():
-                self._core.abort(update.request_id, index=index)
-            running.news.append(running)
+        updates = self._core.step()
+        with self._core.span("detokenise"):
+            for update in updates:
+                running = self._running.get(update.request_id)
+                if running is None:
+                    continue
+                running.assembler.add(update)
+                running.is_invalid = update.is_invalid
+                for index in running.assembler.take_stopped():
+                    self._core.abort(update.request_id, index=index)
+                running.news.append(running)
+        return updates
 
     def _end(self, running: _Running) -> None:
         self._core.abort(running.request.request_id)

@@ -5,9 +5,10 @@ Plain frozen dataclasses, validated when they are made. This module knows no tex
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from cacheflow.errors import InvalidRequestError
 
@@ -21,6 +22,12 @@ MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_TOKEN_IDS = 262_144
 MAX_EXTRA_ENTRIES = 32
+MAX_STRUCTURE_BYTES = 65_536
+"""Of a JSON schema, a grammar, or all choices together, in UTF-8."""
+MAX_REGEX_BYTES = 8_192
+MAX_SCHEMA_DEPTH = 64
+"""Objects and arrays within each other in a JSON schema."""
+MAX_CHOICES = 1024
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
@@ -49,6 +56,78 @@ def _is_sequence(value: Any, max_items: int) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """What the text of a request must be: exactly one of these. Needs `cacheflow-engine[structured]`.
+
+    Attributes:
+        json_schema: The text is JSON that the schema describes. A mapping or JSON text, at most 64 KiB and 64 levels deep; kept
+            as text.
+        regex: The whole text matches it, in the syntax of Rust's regex crate (no backreferences or look-around); at most 8 KiB.
+        grammar: The text derives from `start` in this context-free grammar, in llguidance's variant of Lark; at most 64 KiB.
+        choices: The text is one of these; 1 to 1,024 texts that are not empty, at most 64 KiB together.
+        json_object: The text is any JSON object.
+
+    Raises:
+        InvalidRequestError: None or several are given, or one is too large or no valid JSON.
+    """
+
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choices: Sequence[str] | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        _check("json_object", self.json_object, isinstance(self.json_object, bool), "true or false")
+        names = [f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) is not False]
+        _check("structured", names, len(names) == 1, f"exactly one of {', '.join(f.name for f in fields(self))}")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _json_schema_text(self.json_schema))
+        for name, max_bytes in (("regex", MAX_REGEX_BYTES), ("grammar", MAX_STRUCTURE_BYTES)):
+            value = getattr(self, name)
+            valid = value is None or (isinstance(value, str) and 1 <= _num_bytes(value) <= max_bytes)
+            _check(name, value, valid, f"a text of 1 to {max_bytes} bytes")
+        choices = self.choices
+        if choices is not None:
+            valid = _is_sequence(choices, MAX_CHOICES) and bool(choices) and all(isinstance(c, str) and c for c in choices)
+            valid = valid and sum(map(_num_bytes, choices)) <= MAX_STRUCTURE_BYTES
+            allowed = f"1 to {MAX_CHOICES} texts that are not empty, together at most {MAX_STRUCTURE_BYTES} bytes"
+            _check("choices", choices, valid, allowed)
+            object.__setattr__(self, "choices", tuple(choices))
+
+
+def _num_bytes(text: str) -> int:
+    """In UTF-8; a lone surrogate, which that can't carry, counts as too many."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return MAX_STRUCTURE_BYTES + 1
+
+
+def _json_schema_text(schema: str | Mapping[str, Any]) -> str:
+    """As text, its size and depth checked."""
+    allowed = f"a JSON object of at most {MAX_STRUCTURE_BYTES} bytes, nested at most {MAX_SCHEMA_DEPTH} deep"
+    try:
+        if isinstance(schema, str):
+            _check("json_schema", schema, _num_bytes(schema) <= MAX_STRUCTURE_BYTES, allowed)
+        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+        document = json.loads(text)
+        valid = isinstance(document, dict) and _num_bytes(text) <= MAX_STRUCTURE_BYTES and _depth(document) <= MAX_SCHEMA_DEPTH
+    except (ValueError, TypeError, RecursionError):
+        valid = False
+    _check("json_schema", schema, valid, allowed)
+    return text
+
+
+def _depth(document: Any) -> int:
+    """Objects and arrays within each other; the JSON parser has already refused what recursion can't reach."""
+    if not isinstance(document, (dict, list)):
+        return 0
+    items = document.values() if isinstance(document, dict) else document
+    return 1 + max(map(_depth, items), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of a request are chosen, and when it ends.
 
@@ -62,7 +141,7 @@ class SamplingParams:
         presence_penalty: Subtracted from the logit of every token that is already in the output, -2 to 2.
         frequency_penalty: Subtracted once per occurrence in the output, -2 to 2.
         repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt and output (CTRL,
-            arXiv:1909.05858); above 0, up to 10; 1 changes nothing.
+            arXiv:1909.05858); 0.01 to 10; 1 changes nothing.
         temperature: 0 to 100; 0 takes the most likely token, of equals the one with the lowest id, and ignores top_p, top_k
             and min_p.
         top_p: Nucleus: the smallest set of most likely tokens whose probabilities reach this; above 0, up to 1.
@@ -88,6 +167,8 @@ class SamplingParams:
         allowed_token_ids: The only ids that may be chosen; at least one. None: all.
         bad_words: Up to 128 strings that must not be generated, at most 256 characters each.
         skip_special_tokens: Leave special tokens out of the text.
+        structured: What the text must be: a `StructuredOutput`, or its fields by name. End-of-text and `stop_token_ids` are
+            allowed exactly when the text is complete; stop strings and `max_tokens` may cut it short.
         extra: Up to 32 named values for plugins; the engine itself reads none.
 
     Raises:
@@ -119,6 +200,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,6 +212,10 @@ class SamplingParams:
                 set_field(self, name, ())
         if self.extra is None:
             set_field(self, "extra", {})
+        if isinstance(self.structured, Mapping):
+            set_field(self, "structured", _structured_from(self.structured))
+        is_structure = self.structured is None or isinstance(self.structured, StructuredOutput)
+        _check("structured", self.structured, is_structure, "left out or a StructuredOutput")
         self._check_counts()
         self._check_distribution()
         self._check_lists()
@@ -186,12 +272,11 @@ class SamplingParams:
             ("temperature", 0, 100),
             ("min_p", 0, 1),
             ("length_penalty", -10, 10),
+            ("repetition_penalty", 0.01, 10),  # Smaller ones turn float32 logits into infinities.
         ):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and low <= value <= high, f"a number from {low} to {high}")
-        for name, high in (("repetition_penalty", 10), ("top_p", 1)):
-            value = getattr(self, name)
-            _check(name, value, _is_number(value) and 0 < value <= high, f"a number above 0, up to {high}")
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, up to 1")
         _check("top_k", self.top_k, _is_int(self.top_k) and -1 <= self.top_k <= 2**31 - 1, "-1, 0 (all) or at least 1")
         _check(
             "early_stopping",
@@ -236,6 +321,12 @@ class SamplingParams:
         _check("top_p", self.top_p, self.top_p == 1, "1 with use_beam_search")
         _check("top_k", self.top_k, self.top_k <= 0, "-1 with use_beam_search")
         _check("min_p", self.min_p, self.min_p == 0, "0 with use_beam_search")
+
+
+def _structured_from(values: Mapping[Any, Any]) -> StructuredOutput:
+    names = [f.name for f in fields(StructuredOutput)]
+    _check("structured", list(values), all(key in names for key in values), f"made of {', '.join(names)}")
+    return StructuredOutput(**values)
 
 
 SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
@@ -287,6 +378,7 @@ class RequestOutput:
         finished: Whether this is the last output of the request.
         prompt_logprobs: One entry per prompt token, None for the first; None when not asked for.
         num_cached_tokens: Prompt tokens that were found in the prefix cache.
+        num_generated_tokens: Tokens of all sequences, those that `best_of` leaves out among them.
         error: Why the request failed, or None.
     """
 
@@ -297,7 +389,25 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
     error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingOutput:
+    """A prompt as a vector.
+
+    Attributes:
+        request_id: The id that the request was added under.
+        prompt: Its text; None when it was given as token ids.
+        prompt_token_ids: The tokens the model saw.
+        embedding: As many numbers as the model's hidden size.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +441,8 @@ class EngineRequest:
         cache_salt: Requests share cached blocks only under equal salts.
         resumed: Empty, or one entry for each of the request's sequences: the engine goes on behind their tokens. Everything
             that depends on the output (limits, penalties, random numbers) goes on too. Beam search starts again instead.
+        task: "embed" gives one vector for the prompt and no token; most of `params` then means nothing.
+        pooling: What "embed" gives: the mean of the model's last hidden states over the prompt, or that of its last token.
     """
 
     request_id: str
@@ -341,6 +453,8 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str = ""
     resumed: list[ResumedSequence] = field(default_factory=list)
+    task: Literal["generate", "embed"] = "generate"
+    pooling: Literal["mean", "last"] = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +491,7 @@ class RequestUpdate:
         finished: Whether the request has left the engine.
         new_prompt_logprobs: Entries for the prompt tokens scored in this step (the first token's is None), or None.
         num_cached_tokens: Prompt tokens found in the prefix cache.
+        embedding: The last and only update of a request whose task is "embed" has it: the pooled hidden states as they are.
         error: Why it failed, or None.
         is_invalid: The error is the request's own fault (an HTTP frontend answers 400), not the engine's.
     """
@@ -387,6 +502,7 @@ class RequestUpdate:
     new_prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
     client_id: str = ""
+    embedding: list[float] | None = None
     error: str | None = None
     is_invalid: bool = False
 
@@ -418,6 +534,53 @@ class EngineStats:
     num_generated_tokens: int
     num_cached_tokens: int
     num_steps: int
+
+
+MAX_VIEWED_REQUESTS = 256
+"""Most requests of an `EngineView`."""
+BLOCK_FREE, BLOCK_CACHED, BLOCK_SHARED, BLOCK_OWNED = range(4)
+"""The kinds of block in an `EngineView`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSummary:
+    """What an `EngineView` tells of a request.
+
+    Attributes:
+        request_id: The client's name for it.
+        client_id: Whose it is.
+        is_running: Whether it holds blocks.
+        num_prompt_tokens: Tokens of the prompt.
+        num_computed_tokens: Tokens of prompt and output that are in the cache, of the sequence with the most.
+        num_output_tokens: Generated so far, over all sequences.
+        num_sequences: Sequences that run, or will.
+        arrival_s: Seconds since the epoch.
+    """
+
+    request_id: str
+    client_id: str
+    is_running: bool
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_output_tokens: int
+    num_sequences: int
+    arrival_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineView:
+    """Who holds which block of the engine, taken between two steps.
+
+    Attributes:
+        stats: The counts of the same moment.
+        requests: At most 256: running ones in their order, then the waiting ones that come up first.
+        blocks: One number per KV block: 0 free, 1 cached (no request holds it), 2 shared by several requests or sequences (or
+            held by one that `requests` has no place for), 3 + k held by `requests[k]` alone.
+    """
+
+    stats: EngineStats
+    requests: list[RequestSummary]
+    blocks: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)

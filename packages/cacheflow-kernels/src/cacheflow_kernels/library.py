@@ -32,6 +32,7 @@ _PAIR_OPS = {
         " -> (Tensor, Tensor)"
     ),
 }
+_ROW_MAXIMA = "(Tensor x, *, str implementation='auto') -> (Tensor, Tensor, Tensor)"
 _ATTENTION_OPS = {
     "paged_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, Tensor query_start_loc, float scale,"
@@ -61,6 +62,11 @@ def _half_of_first(x: Tensor, *rest: Any, **options: Any) -> Tensor:
 
 def _like_both(x: Tensor, y: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _three_of_rows(x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.float32, torch.int64, torch.float32))
+    return next(numbers), next(numbers), next(numbers)
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:
@@ -98,5 +104,6 @@ for _op, _schema in _GATED_OPS.items():
     _register(_op, _schema, _calls(_op), _half_of_first, set())
 for _op, _schema in _PAIR_OPS.items():
     _register(_op, _schema, _calls_on_copies(_op), _like_both, set())
+_register("row_maxima", _ROW_MAXIMA, _calls("row_maxima"), _three_of_rows, set())
 for _op, (_schema, _mutated) in _CACHE_OPS.items():
     _register(_op, _schema, _calls(_op), _nothing, _mutated)

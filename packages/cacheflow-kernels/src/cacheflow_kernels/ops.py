@@ -45,6 +45,7 @@ def _build_registry() -> Registry:
         reference.rotary,
         reference.silu_and_mul,
         reference.gelu_and_mul,
+        reference.row_maxima,
         reference.linear,
     )
     for function in plain:
@@ -59,6 +60,7 @@ def _build_registry() -> Registry:
         cpu_rows.rotary,
         cpu_rows.silu_and_mul,
         cpu_rows.gelu_and_mul,
+        cpu_rows.row_maxima,
     )
     for function in compiled:
         registry.add(function.__name__, Implementation("cpu", function, cpu_attention.supports, priority=10))
@@ -388,6 +390,23 @@ def gelu_and_mul(x: Tensor, *, approximate: str = "none", implementation: str = 
         raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}.')
     _require_together(x.device, x=x)
     out: Tensor = _select("gelu_and_mul", implementation, x)(x, approximate)
+    return out
+
+
+def row_maxima(x: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """What greedy decoding wants of logits, in one pass over each row.
+
+    Args:
+        x: `[num_rows, size]`, at least one element a row.
+        implementation: "auto" or a name.
+
+    Returns:
+        `[num_rows]` each: the largest number, float32; the first place that has it, int64; and the logarithm of the sum of all
+        exponentials, float32, which is not finite if the row has a NaN or infinity.
+    """
+    _require(x.ndim == 2 and x.shape[1] > 0, "x", x, "[num_rows, size]")
+    _require_together(x.device, x=x)
+    out: tuple[Tensor, Tensor, Tensor] = _select("row_maxima", implementation, x)(x)
     return out
 
 

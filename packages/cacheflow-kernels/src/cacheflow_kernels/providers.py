@@ -6,16 +6,31 @@ constructor are given is its `OpSpec`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cacheflow_kernels import triton
+from cacheflow_kernels import reference, triton
+from cacheflow_kernels.cpu import decoder as cpu_decoder
 from cacheflow_kernels.cpu import linear as cpu_linear
 from cacheflow_kernels.cuda import rows as cuda_rows
+
+QUANTISATION_GROUP = 32
+"""Inputs that share a scale, by the engine's contract."""
+
+
+def _torch_linear(
+    weight: Tensor, bias: Tensor | None, form: str, is_gated: bool, silu_and_mul: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Plain matrices by torch, unpacked; quantised ones by the reference, which is slow: there are no kernels for them."""
+    if form != "plain":
+        return reference.linear(weight, bias, form, QUANTISATION_GROUP, is_gated)
+    product: Callable[[Tensor], Tensor] = partial(functional.linear, weight=weight, bias=bias)
+    return (lambda x: silu_and_mul(product(x))) if is_gated else product
 
 
 class CpuOps:
@@ -32,15 +47,25 @@ class CpuOps:
     def __init__(self, spec: Any) -> None:
         from cacheflow_kernels.cpu import rows
 
+        self._dtype: torch.dtype = spec.dtype
         self.rms_norm = rows.rms_norm
         self.fused_add_rms_norm = rows.fused_add_rms_norm
         self.layer_norm = rows.layer_norm
         self.rotary = rows.rotary
         self.silu_and_mul = rows.silu_and_mul
+        self.row_maxima = rows.row_maxima
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """`x @ weight.T + bias`; only the packed weight is kept."""
-        return cpu_linear.linear(weight, bias, form="plain", group_size=0, is_gated=False)
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """`x @ weight.T + bias`, gated in the same pass; only the packed weight is kept."""
+        return cpu_linear.linear(weight, bias, form, QUANTISATION_GROUP, is_gated, self._dtype)
+
+    def decoder(
+        self, layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any
+    ) -> Callable[[Tensor, Tensor, Callable[..., Tensor]], Tensor] | None:
+        """One call between two attention calls; bit for bit what the single ops give."""
+        return cpu_decoder.decoder(layers, norm, eps, rotary)
 
 
 class TritonOps:
@@ -61,11 +86,13 @@ class TritonOps:
         self.fused_add_rms_norm = norms.fused_add_rms_norm
         self.layer_norm = norms.layer_norm
         self.rotary = rotary.rotary
-        self.silu_and_mul = activations.silu_and_mul
+        self.silu_and_mul: Callable[[Tensor], Tensor] = activations.silu_and_mul
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """`x @ weight.T + bias`; nothing is packed."""
-        return partial(functional.linear, weight=weight, bias=bias)
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """As `_torch_linear`."""
+        return _torch_linear(weight, bias, form, is_gated, self.silu_and_mul)
 
 
 class CudaOps:
@@ -83,11 +110,13 @@ class CudaOps:
         self.rms_norm = cuda_rows.rms_norm
         self.fused_add_rms_norm = cuda_rows.fused_add_rms_norm
         self.rotary = cuda_rows.rotary
-        self.silu_and_mul = cuda_rows.silu_and_mul
+        self.silu_and_mul: Callable[[Tensor], Tensor] = cuda_rows.silu_and_mul
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """`x @ weight.T + bias`; nothing is packed."""
-        return partial(functional.linear, weight=weight, bias=bias)
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """As `_torch_linear`."""
+        return _torch_linear(weight, bias, form, is_gated, self.silu_and_mul)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         """LayerNorm over the last axis."""

@@ -1,37 +1,39 @@
-"""The OpenAI-compatible frontend: its routes, and what is written to the wire.
+"""The OpenAI-compatible frontend: its options, its routes, and which part answers each.
 
 It sees an `AsyncLLMServer` with texts and token ids; it knows neither scheduler nor model, nor how it is started.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
 
-from cacheflow.asgi import answer_for, error_document, read_json_object, send_stream, while_connected
-from cacheflow.config import option, validate_options
-from cacheflow.errors import CacheflowError
+from cacheflow.asgi import read_json_object, while_connected
+from cacheflow.config import option
+from cacheflow.edge import EdgeOptions, Guard
 from cacheflow.interfaces import CONTRACT_VERSION
-from cacheflow_openai import errors
-from cacheflow_openai.completions import complete, stream
+from cacheflow.status import StatusRoutes
+from cacheflow.text.chat_template import ChatTemplate
+from cacheflow_openai import chat, completions, errors, responses
+from cacheflow_openai.chat_schema import parse_chat
+from cacheflow_openai.embeddings import embed, parse_embedding
+from cacheflow_openai.events import EventStream
+from cacheflow_openai.fields import given, string
 from cacheflow_openai.models import model_card
+from cacheflow_openai.openapi import openapi_document
+from cacheflow_openai.responses_schema import parse_response
 from cacheflow_openai.schema import parse
+from cacheflow_openai.tokens import DETOKENIZE_FIELDS, TOKENIZE_FIELDS, detokenize, tokenize
 
 if TYPE_CHECKING:
     from cacheflow import AsyncLLMServer
-
-logger = logging.getLogger(__name__)
 
 IGNORED_FIELDS_HEADER = "x-cacheflow-ignored-fields"
 MAX_IGNORED_SHOWN = 20
@@ -39,129 +41,131 @@ MAX_NAME_SHOWN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenAIOptions:
-    """The options of the OpenAI-compatible frontend.
+class OpenAIOptions(EdgeOptions):
+    """The options of the OpenAI-compatible frontend."""
 
-    Raises:
-        ConfigError: A value out of range.
-    """
-
-    host: str = option("localhost", "The address to listen on.")
-    port: int = option(8000, "The port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     served_model_name: str | None = option(None, "What clients call the model. Default: its name.")
-    max_body_bytes: int = option(8 * 2**20, "The largest request body.", minimum=1024, unit="bytes")
-    allow_credentials: bool = option(False, "Browsers may send cookies and such along (CORS).")
-    allowed_origins: tuple[str, ...] = option(
-        (), "Web pages of these origins may call (CORS): a JSON list or separated by commas; * is all. Default: none."
-    )
-    allowed_methods: tuple[str, ...] = option(("*",), "With these HTTP methods.")
-    allowed_headers: tuple[str, ...] = option(("*",), "With these HTTP headers.")
-
-    def __post_init__(self) -> None:
-        validate_options(self)
 
 
 class OpenAIFrontend:
-    """OpenAI's `/v1/models` and `/v1/completions` on port 8000."""
+    """OpenAI's API on port 8000: completions, chats, responses, embeddings.
+
+    All of them are of the one model that the engine serves. Beside them are `/tokenize`, `/detokenize`, `/version`, and the
+    routes about the server itself.
+    """
 
     CONTRACT_VERSION: ClassVar[int] = CONTRACT_VERSION
     options: ClassVar[type[OpenAIOptions]] = OpenAIOptions
 
     @staticmethod
-    def create_app(engine: AsyncLLMServer, options: OpenAIOptions) -> FastAPI:
+    def create_app(engine: AsyncLLMServer, options: OpenAIOptions) -> Guard:
         """The ASGI application."""
         # No /docs and /redoc: these pages would fetch scripts from other hosts.
         app = FastAPI(title="cacheflow", docs_url=None, redoc_url=None)
-        if options.allowed_origins:
-            app.add_middleware(
-                CORSMiddleware,
-                allow_origins=options.allowed_origins,
-                allow_credentials=options.allow_credentials,
-                allow_methods=options.allowed_methods,
-                allow_headers=options.allowed_headers,
-            )
-        errors.install(app)
         model = options.served_model_name or engine.model_info.model
-        card = model_card(engine.model_info, model, int(time.time()))
-
-        def check_model(name: str | None) -> None:
-            if name is not None and name != model:
-                raise errors.UnknownModelError(f"The model {name[:MAX_NAME_SHOWN]!r} does not exist here. Served: {model!r}.")
-
-        @app.get("/health")
-        async def health() -> dict[str, str]:
-            return {"status": "alive"}
-
-        @app.get("/health/ready")
-        async def ready() -> Response:
-            if engine.is_ready:
-                return JSONResponse({"status": "ready"})
-            return JSONResponse(error_document("The engine is not ready.", "server_error", code="not_ready"), 503)
-
-        @app.get("/v1/models")
-        async def list_models() -> dict[str, Any]:
-            return {"object": "list", "data": [card]}
-
-        @app.get("/v1/models/{name:path}")
-        async def show_model(name: str) -> dict[str, Any]:
-            check_model(name)
-            return card
-
-        @app.post("/v1/completions")
-        async def create_completion(request: Request) -> Response:
-            _check_media_type(request)
-            asked = parse(await read_json_object(request.receive, options.max_body_bytes))
-            check_model(asked.model)
-            headers = _ignored_fields(asked.ignored)
-            if not asked.stream:
-                answer = await while_connected(request.receive, complete(engine, asked, model))
-                return JSONResponse(answer, headers=headers)
-            chunks = stream(engine, asked, model)
-            # The first chunk is awaited here, so that a request that is refused gets its status and no stream.
-            first = await while_connected(request.receive, anext(chunks))
-            return EventStream(first, chunks, headers)
-
-        return app
+        app.openapi = lambda: openapi_document(options, model)  # type: ignore[method-assign] # as FastAPI documents it
+        errors.install(app)
+        _Routes(engine, model, options.max_body_bytes).add_to(app)
+        return Guard(StatusRoutes(app, engine), options)
 
 
-class EventStream(Response):
-    """Server-sent events: one chunk each, then "[DONE]". An error in the middle is an event too."""
+class _Routes:
+    """What is answered on each path."""
 
-    def __init__(self, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], headers: dict[str, str]) -> None:
-        self.first = first
-        self.rest = rest
-        self.own_headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
-        self.background = None
+    def __init__(self, engine: AsyncLLMServer, model: str, max_body_bytes: int) -> None:
+        self._engine = engine
+        self._model = model
+        self._max_body_bytes = max_body_bytes
+        self._card = model_card(engine.model_info, model, int(time.time()))
+        self._template = ChatTemplate(engine.model_info.tokenizer)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events; ends the request when the client hangs up."""
-        await send_stream(receive, send, self._events(), self.own_headers)
+    def add_to(self, app: FastAPI) -> None:
+        """Has `app` call the methods below."""
+        app.get("/version")(self.show_version)
+        app.get("/v1/models")(self.list_models)
+        app.get("/v1/models/{name:path}")(self.show_model)
+        app.post("/v1/completions")(self.create_completion)
+        app.post("/v1/chat/completions")(self.create_chat_completion)
+        app.post("/v1/responses")(self.create_response)
+        app.post("/v1/embeddings")(self.create_embedding)
+        app.post("/tokenize")(self.tokenize)
+        app.post("/detokenize")(self.detokenize)
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        async with aclosing(self.rest):
-            try:
-                yield _event(self.first)
-                async for chunk in self.rest:
-                    yield _event(chunk)
-            except Exception as error:
-                if not isinstance(error, CacheflowError):
-                    logger.exception("A stream failed.")
-                yield _event(answer_for(error).document)
-            yield b"data: [DONE]\n\n"
+    async def show_version(self) -> dict[str, str]:
+        return {"version": version("cacheflow-openai"), "engine_version": self._engine.model_info.engine_version}
+
+    async def list_models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._card]}
+
+    async def show_model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._card
+
+    async def create_completion(self, request: Request) -> Response:
+        asked = parse(await self._read(request))
+        self._check_model(asked.model)
+        if asked.stream:
+            return await _start(request, completions.stream(self._engine, asked, self._model), asked.ignored)
+        return await _finish(request, completions.complete(self._engine, asked, self._model), asked.ignored)
+
+    async def create_chat_completion(self, request: Request) -> Response:
+        asked = parse_chat(await self._read(request))
+        self._check_model(asked.model)
+        if asked.stream:
+            return await _start(request, chat.stream(self._engine, self._template, asked, self._model), asked.ignored)
+        return await _finish(request, chat.complete(self._engine, self._template, asked, self._model), asked.ignored)
+
+    async def create_response(self, request: Request) -> Response:
+        asked = parse_response(await self._read(request))
+        ignored = asked.chat.ignored
+        self._check_model(asked.chat.model)
+        if asked.chat.stream:
+            events = responses.stream(self._engine, self._template, asked, self._model)
+            return await _start(request, events, ignored, is_named=True)
+        return await _finish(request, responses.respond(self._engine, self._template, asked, self._model), ignored)
+
+    async def create_embedding(self, request: Request) -> Response:
+        asked = parse_embedding(await self._read(request))
+        self._check_model(asked.model)
+        return await _finish(request, embed(self._engine, asked, self._model), asked.ignored)
+
+    async def tokenize(self, request: Request) -> Response:
+        document = await self._read(request)
+        self._check_model(string(given(document), "model"))
+        ignored = [name for name in document if name not in TOKENIZE_FIELDS]
+        return await _finish(request, tokenize(self._engine, self._template, document), ignored)
+
+    async def detokenize(self, request: Request) -> Response:
+        document = await self._read(request)
+        self._check_model(string(given(document), "model"))
+        ignored = [name for name in document if name not in DETOKENIZE_FIELDS]
+        return await _finish(request, detokenize(self._engine, document), ignored)
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if media_type != "application/json" and not media_type.endswith("+json"):
+            raise HTTPException(415, f"The content type must be application/json, got {media_type[:MAX_NAME_SHOWN]!r}")
+        return await read_json_object(request.receive, self._max_body_bytes)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model:
+            raise errors.UnknownModelError(f"The model {name[:MAX_NAME_SHOWN]!r} does not exist here. Served: {self._model!r}.")
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    # ASCII only: some clients take U+2028 for the end of a line.
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
+async def _start(
+    request: Request, values: AsyncGenerator[dict[str, Any], None], ignored: list[str], *, is_named: bool = False
+) -> Response:
+    """Answers with a stream. Its first value is awaited here, so that a request that is refused gets its status."""
+    first = await while_connected(request.receive, anext(values))
+    return EventStream(first, values, _ignored_fields(ignored), is_named=is_named)
 
 
-def _check_media_type(request: Request) -> None:
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise HTTPException(415, f"The content type must be application/json, got {media_type[:MAX_NAME_SHOWN]!r}")
+async def _finish(request: Request, answer: Awaitable[dict[str, Any]], ignored: list[str]) -> Response:
+    """Answers with one object."""
+    return JSONResponse(await while_connected(request.receive, answer), headers=_ignored_fields(ignored))
 
 
 def _ignored_fields(names: list[str]) -> dict[str, str]:
-    """The header that names them, in characters that a header may have."""
-    shown = [quote(name[:MAX_NAME_SHOWN], safe="") for name in names[:MAX_IGNORED_SHOWN]]
+    """The header that names them, in characters that a header may have; it may not end in a space."""
+    shown = [quote(name[:MAX_NAME_SHOWN], safe="") or '""' for name in names[:MAX_IGNORED_SHOWN]]
     return {IGNORED_FIELDS_HEADER: ", ".join(shown)} if shown else {}

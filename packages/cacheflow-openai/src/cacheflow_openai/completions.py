@@ -5,31 +5,21 @@ A whole answer is made as a stream's only chunk is, so both have the same texts,
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cacheflow.errors import RequestFailedError
-from cacheflow.text import Detokenizer, Tokenizer
-from cacheflow.types import (
-    FINISH_ABORT,
-    FINISH_ERROR,
-    FINISH_LENGTH,
-    CompletionOutput,
-    Logprobs,
-    RequestOutput,
-)
+from cacheflow.text import Tokenizer
+from cacheflow.types import FINISH_LENGTH, CompletionOutput, RequestOutput
+from cacheflow_openai.logprobs import TokenLog, by_id
+from cacheflow_openai.outputs import has_deltas, outputs_of, usage_of
+from cacheflow_openai.prompts import check_room, tokenise
 from cacheflow_openai.schema import CompletionRequest
 
 if TYPE_CHECKING:
     from cacheflow import AsyncLLMServer
-
-IMPOSSIBLE = -9999.0
-"""What OpenAI writes for minus infinity, which JSON doesn't have."""
 
 
 async def complete(engine: AsyncLLMServer, request: CompletionRequest, model: str) -> dict[str, Any]:
@@ -38,7 +28,8 @@ async def complete(engine: AsyncLLMServer, request: CompletionRequest, model: st
     Raises:
         CacheflowError: A prompt can't be served, or failed.
     """
-    finals = {number: output async for number, output in _outputs(engine, request)}
+    prompts = await _prompts(engine, request)
+    finals = {n: output async for n, output in outputs_of(engine, prompts, request.params, request.cache_salt)}
     answer = _Answer(engine.tokenizer, request, model)
     chunks = [chunk for number in sorted(finals) for chunk in answer.choices(number, finals[number])]
     return {**answer.head, "choices": chunks, "usage": answer.usage()}
@@ -52,49 +43,21 @@ async def stream(engine: AsyncLLMServer, request: CompletionRequest, model: str)
     """
     answer = _Answer(engine.tokenizer, request, model)
     usage = {"usage": None} if request.include_usage else {}
-    async with aclosing(_outputs(engine, request)) as outputs:
+    prompts = await _prompts(engine, request)
+    async with aclosing(outputs_of(engine, prompts, request.params, request.cache_salt)) as outputs:
         async for number, output in outputs:
-            if request.has_deltas or output.finished:
+            if has_deltas(request.params) or output.finished:
                 for choice in answer.choices(number, output):
                     yield {**answer.head, "choices": [choice], **usage}
     if request.include_usage:
         yield {**answer.head, "choices": [], "usage": answer.usage()}
 
 
-async def _outputs(engine: AsyncLLMServer, request: CompletionRequest) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """The outputs of all prompts as they come, each with its prompt's number. The first failure ends all."""
-    # One slot: a client that reads slowly holds the prompts up rather than letting outputs pile up here.
-    queue: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue(maxsize=1)
-
-    async def feed(number: int, prompt: str | list[int]) -> None:
-        try:
-            async with aclosing(engine.generate(prompt, request.params, cache_salt=request.cache_salt)) as outputs:
-                async for output in outputs:
-                    await queue.put((number, output))
-        except Exception as error:
-            await queue.put((number, error))
-
-    tasks = [asyncio.ensure_future(feed(number, prompt)) for number, prompt in enumerate(request.prompts)]
-    try:
-        num_running = len(tasks)
-        while num_running:
-            number, output = await queue.get()
-            if isinstance(output, Exception):
-                raise output
-            _check(output)
-            num_running -= output.finished
-            yield number, output
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _check(output: RequestOutput) -> None:
-    if output.error is not None:
-        raise RequestFailedError(output.error)
-    if any(sequence.finish_reason in (FINISH_ABORT, FINISH_ERROR) for sequence in output.outputs):
-        raise RequestFailedError("The request was aborted before it was complete. Send it again.")
+async def _prompts(engine: AsyncLLMServer, request: CompletionRequest) -> list[list[int]]:
+    prompts = await tokenise(engine, request.prompts)
+    for prompt in prompts:
+        check_room(engine, len(prompt), None if request.is_score_only else request.params.max_tokens, "prompt", "max_tokens")
+    return prompts
 
 
 class _Answer:
@@ -119,16 +82,11 @@ class _Answer:
         return gained
 
     def usage(self) -> dict[str, Any]:
-        """The tokens that all prompts and all returned sequences have."""
-        outputs = self._latest.values()
-        num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
-        num_generated = 0 if self._request.is_score_only else sum(len(s.token_ids) for o in outputs for s in o.outputs)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_generated,
-            "total_tokens": num_prompt + num_generated,
-            "prompt_tokens_details": {"cached_tokens": sum(o.num_cached_tokens for o in outputs)},
-        }
+        """The tokens of all prompts, and of all sequences that were generated."""
+        usage = usage_of(self._latest.values())
+        if self._request.is_score_only:
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return usage
 
 
 class _Choice:
@@ -142,7 +100,7 @@ class _Choice:
         self._request = request
         self._index = index
         self._prompt = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids, skip_special)
-        self._log = _TokenLog(tokenizer, tokenizer.detokenizer(skip_special, context=prompt_ids), offset=len(self._prompt))
+        self._log = TokenLog(tokenizer, tokenizer.detokenizer(skip_special, context=prompt_ids), offset=len(self._prompt))
         self._num_chars = 0
         self._num_tokens = 0
         self._has_begun = False
@@ -170,66 +128,10 @@ class _Choice:
             if request.echo:
                 choice["text"] = self._prompt + text
             if request.echo and logprobs is not None:
-                prompt_log = _TokenLog(self._tokenizer, self._tokenizer.detokenizer(request.params.skip_special_tokens))
+                prompt_log = TokenLog(self._tokenizer, self._tokenizer.detokenizer(request.params.skip_special_tokens))
                 before = prompt_log.write(output.prompt_token_ids, output.prompt_logprobs or [])
                 logprobs = {name: before[name] + logprobs[name] for name in before}
             if request.prompt_logprobs:
-                choice["prompt_logprobs"] = [self._log.by_id(entry) for entry in output.prompt_logprobs or []]
+                choice["prompt_logprobs"] = [by_id(self._tokenizer, entry) for entry in output.prompt_logprobs or []]
         choice["logprobs"] = logprobs
         return [choice]
-
-
-class _TokenLog:
-    """Writes tokens with their log probabilities in OpenAI's lists.
-
-    Args:
-        tokenizer: The model's.
-        detokenizer: A fresh one, to know where in the text each token begins.
-        offset: Characters before the first token.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, detokenizer: Detokenizer, offset: int = 0) -> None:
-        self._tokenizer = tokenizer
-        self._detokenizer = detokenizer
-        self._offset = offset
-
-    def write(self, token_ids: Sequence[int], entries: Sequence[Logprobs | None]) -> dict[str, list[Any]]:
-        """The lists for the next tokens."""
-        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, entry in zip(token_ids, entries, strict=True):
-            lists["tokens"].append(_name(self._tokenizer, token_id))
-            start, self._offset = self._offset, self._offset + len(self._detokenizer.add(token_id))
-            # A token that follows half a character brings that one's replacement with it.
-            lists["text_offset"].append(max(start, self._offset - len(self._tokenizer.token_text(token_id))))
-            lists["token_logprobs"].append(None if entry is None else max(entry[token_id], IMPOSSIBLE))
-            lists["top_logprobs"].append(None if entry is None else self._by_name(entry))
-        return lists
-
-    def by_id(self, entry: Logprobs | None) -> dict[str, dict[str, Any]] | None:
-        """An entry with token ids as keys, which unlike their texts are unique."""
-        if entry is None:
-            return None
-        return {
-            str(token_id): {"logprob": max(logprob, IMPOSSIBLE), "decoded_token": _name(self._tokenizer, token_id)}
-            for token_id, logprob in entry.items()
-        }
-
-    def _by_name(self, entry: Logprobs) -> dict[str, float]:
-        named: dict[str, float] = {}
-        for token_id, logprob in entry.items():
-            # The chosen token comes first, and keeps its value should another one have the same text.
-            named.setdefault(_name(self._tokenizer, token_id), max(logprob, IMPOSSIBLE))
-        return named
-
-
-def _name(tokenizer: Tokenizer, token_id: int) -> str:
-    """The token's text, or its bytes where they are no whole character: so that different tokens have different names."""
-    text = tokenizer.token_text(token_id)
-    if "\ufffd" not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in _token_bytes(tokenizer)[token_id])
-
-
-@lru_cache(maxsize=1)
-def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    return tokenizer.token_bytes()

@@ -11,11 +11,11 @@ from typing import Any
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
 from cacheflow.types import SAMPLING_FIELDS, SamplingParams
+from cacheflow_openai.fields import check_stop, flag, ignored, include_usage, string
+from cacheflow_openai.fields import given as given_fields
 
 MAX_PROMPTS = 128
 """Most prompts of one request."""
-MAX_STOP_STRINGS = 4
-"""OpenAI's limit."""
 OWN_FIELDS = ("model", "prompt", "suffix", "echo", "stream", "stream_options", "user", "cache_salt")
 """Those beside the sampling parameters. `user` changes nothing."""
 
@@ -48,11 +48,6 @@ class CompletionRequest:
     cache_salt: str
     ignored: list[str]
 
-    @property
-    def has_deltas(self) -> bool:
-        """Whether the sequences that are generated are those that are returned, so that they can be shown as they grow."""
-        return self.params.num_sequences == self.params.n and not self.params.use_beam_search
-
 
 def parse(document: dict[str, Any]) -> CompletionRequest:
     """Checks a request's fields.
@@ -60,13 +55,11 @@ def parse(document: dict[str, Any]) -> CompletionRequest:
     Raises:
         InvalidRequestError: Naming the first field that is missing or out of its range.
     """
-    given = {name: value for name, value in document.items() if value is not None}
+    given = given_fields(document)
     if given.get("suffix"):
         raise InvalidRequestError("suffix is not supported: this model completes texts at their end only.", param="suffix")
-    stop = given.get("stop")
-    if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", param="stop")
-    echo, stream = _flag(given, "echo"), _flag(given, "stream")
+    check_stop(given)
+    echo, stream = flag(given, "echo"), flag(given, "stream")
     values = {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
     # `is`: a false must be refused like any other value that is no number.
     is_score_only = echo and values.get("max_tokens") == 0 and values["max_tokens"] is not False
@@ -82,23 +75,23 @@ def parse(document: dict[str, Any]) -> CompletionRequest:
             )
         values["prompt_logprobs"] = values["logprobs"]
     return CompletionRequest(
-        model=_string(given, "model"),
+        model=string(given, "model"),
         prompts=_prompts(given.get("prompt")),
         params=sampling_params(values),
         echo=echo,
         is_score_only=is_score_only,
         prompt_logprobs=wants_prompt_logprobs,
         stream=stream,
-        include_usage=_include_usage(given, stream),
-        cache_salt=_string(given, "cache_salt") or "",
-        ignored=[name for name in document if name not in OWN_FIELDS and name not in SAMPLING_FIELDS],
+        include_usage=include_usage(given, stream),
+        cache_salt=string(given, "cache_salt") or "",
+        ignored=ignored(document, OWN_FIELDS),
     )
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
         prompt = [prompt]
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(p, str) or _is_ids(p) for p in prompt):
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(p, str) or is_ids(p) for p in prompt):
         raise InvalidRequestError("prompt must be a string, a list of token ids, or a list of either.", param="prompt")
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequestError(
@@ -107,28 +100,6 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return prompt
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """Whether it is a list of whole numbers."""
     return isinstance(value, list) and all(type(i) is int for i in value)  # `type`, because a bool is an int too.
-
-
-def _flag(given: dict[str, Any], name: str) -> bool:
-    value = given.get(name, False)
-    if not isinstance(value, bool):
-        raise InvalidRequestError(f"{name} must be true or false.", param=name)
-    return value
-
-
-def _string(given: dict[str, Any], name: str) -> str | None:
-    value = given.get(name)
-    if value is not None and not isinstance(value, str):
-        raise InvalidRequestError(f"{name} must be a string.", param=name)
-    return value
-
-
-def _include_usage(given: dict[str, Any], stream: bool) -> bool:
-    options = given.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise InvalidRequestError("stream_options must be an object.", param="stream_options")
-    if options and not stream:
-        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    return _flag({k: v for k, v in options.items() if v is not None}, "include_usage")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import Any
+import inspect
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
 from cacheflow.types import SAMPLING_FIELDS, SamplingParams
 
-LOST_FIELDS = ("logprobs", "prompt_logprobs")
-"""Sampling parameters whose results have no place in an answer that is texts."""
+LOST_FIELDS = ("prompt_logprobs",)
+"""Sampling parameters whose results have no place in an answer."""
 FIELDS = ("prompt", "stream", *(name for name in SAMPLING_FIELDS if name not in LOST_FIELDS))
 
 
@@ -21,12 +25,12 @@ class GenerateRequest:
 
     Attributes:
         prompt: Text, or token ids.
-        stream: Whether texts are sent as they grow.
+        stream: Whether texts are sent as they grow. None: as the client's `Accept` header has it.
         params: All other fields of the request.
     """
 
     prompt: str | list[int]
-    stream: bool
+    stream: bool | None
     params: SamplingParams
 
 
@@ -48,11 +52,124 @@ def parse(document: dict[str, Any]) -> GenerateRequest:
             close = difflib.get_close_matches(name[:64], FIELDS, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(FIELDS)}."
             raise InvalidRequestError(f"Unknown field {name[:64]!r}. {hint}", param=name[:64])
-    prompt, stream = document.get("prompt"), document.get("stream", False)
+    prompt, stream = document.get("prompt"), document.get("stream")
     # `type`, because a bool is an int too.
     if not (isinstance(prompt, str) or (isinstance(prompt, list) and all(type(i) is int for i in prompt))):
         raise InvalidRequestError("prompt must be a string or a list of token ids.", param="prompt")
-    if not isinstance(stream, bool):
+    if not isinstance(stream, bool | None):
         raise InvalidRequestError("stream must be true or false.", param="stream")
     params = sampling_params({name: value for name, value in document.items() if name in SAMPLING_FIELDS})
     return GenerateRequest(prompt=prompt, stream=stream, params=params)
+
+
+def _json_schema(hint: Any) -> dict[str, Any]:
+    """A type as JSON Schema; an empty one where JSON has no such type."""
+    if hint is bool or hint is int or hint is float or hint is str or hint is type(None):
+        return {"type": {bool: "boolean", int: "integer", float: "number", str: "string"}.get(hint, "null")}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_json_schema(argument) for argument in arguments]}
+    if origin is Sequence:
+        return {"type": "array", "items": _json_schema(arguments[0])}
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": _json_schema(arguments[1])}
+    return {}
+
+
+def _properties() -> dict[str, Any]:
+    """The sampling parameters as JSON Schema, with the words of their docstring."""
+    words = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    texts = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", words, re.DOTALL | re.MULTILINE))
+    hints, properties = get_type_hints(SamplingParams), {}
+    for entry in fields(SamplingParams):
+        if entry.name not in LOST_FIELDS:
+            default = {} if entry.default_factory is dict else entry.default
+            properties[entry.name] = {
+                **_json_schema(hints[entry.name]),
+                "default": list(default) if isinstance(default, tuple) else default,
+                "description": " ".join(texts.get(entry.name, "").split()),
+            }
+    return properties
+
+
+REQUEST_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["prompt"],
+                "additionalProperties": False,
+                "properties": {
+                    "prompt": {
+                        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}],
+                        "description": "Text, or token ids.",
+                    },
+                    "stream": {
+                        "type": "boolean",
+                        "description": "Send the texts as they grow. Default: false, or true with `Accept: text/event-stream`.",
+                    },
+                    **_properties(),
+                },
+            }
+        }
+    },
+}
+"""The request in the OpenAPI document, made from `SamplingParams`."""
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_ENTRY = {
+    "type": "object",
+    "properties": {
+        "token": {"type": "string"},
+        "logprob": {"type": "number"},
+        "top": {"type": "object", "additionalProperties": {"type": "number"}},
+    },
+}
+_ANSWER = {
+    "type": "object",
+    "required": ["text"],
+    "properties": {
+        "text": {"type": "array", "items": {"type": "string"}, "description": "The prompt with each completion."},
+        "logprobs": {
+            "type": "array",
+            "items": {"type": "array", "items": _ENTRY},
+            "description": "Of each completion, an entry per token; only when `logprobs` was asked for.",
+        },
+    },
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The texts. A stream has such documents, each with everything so far: each followed by a NUL byte, or "
+        "as server-sent events with `finish_reasons` too, the last of which is `[DONE]`.",
+        "content": {"application/json": {"schema": _ANSWER}, "text/event-stream": {"schema": {"type": "string"}}},
+    },
+    **{
+        status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
+        for status, text in {
+            400: "The body is no JSON object, or a field is unknown, missing or out of its range; `param` names it.",
+            401: "The server has API keys, and none was sent.",
+            403: "The Host or the Origin is not allowed.",
+            413: "The body is too large.",
+            431: "The headers are too large.",
+            500: "The request failed.",
+            503: "The engine is overloaded, loading, ending or gone; Retry-After may say when to try again.",
+        }.items()
+    },
+}
+"""The answers in the OpenAPI document."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from cacheflow.config import EngineConfig
-from cacheflow.errors import EngineDeadError, InvalidRequestError
+from cacheflow.errors import EngineDeadError, InvalidRequestError, OutOfMemoryError
 from cacheflow.executors.local import LocalExecutor
 from cacheflow.interfaces import SampleSpec, ScheduledSequence, Step
 from cacheflow.types import SamplingParams
+from cacheflow.worker.runner import Runner
 
 
 def _step(params: SamplingParams) -> Step:
@@ -53,6 +55,17 @@ def test_an_error_comes_with_the_result_and_the_next_step_works(tiny_llama: Path
     executor.close()
     with pytest.raises(EngineDeadError, match="closed"):
         executor.check()
+
+
+def test_memory_that_runs_out_in_a_step_has_a_name_that_the_core_knows(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = LocalExecutor()
+    executor.start(EngineConfig(model=str(tiny_llama), device="cpu", num_threads=1, kv_cache_memory=0.005, max_model_len=64))
+    monkeypatch.setattr(Runner, "execute", lambda self, step: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(OutOfMemoryError, match="allocate"):
+        executor.submit(_step(SamplingParams(seed=0))).result()
+    executor.close()
 
 
 def test_a_step_before_the_start_is_an_error() -> None:

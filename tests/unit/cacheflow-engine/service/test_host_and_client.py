@@ -25,14 +25,17 @@ from cacheflow.core import EngineCore
 from cacheflow.errors import (
     ConfigError,
     EngineDeadError,
+    EngineDrainingError,
     EngineOverloadedError,
     InvalidRequestError,
     ModelNotFoundError,
 )
 from cacheflow.service import host as host_module
 from cacheflow.service import wire
+from cacheflow.service.backlog import Backlog
 from cacheflow.service.client import EngineClient
 from cacheflow.service.host import Host, bind
+from cacheflow.service.keys import EngineKey
 from cacheflow.types import EngineRequest, EngineStats, RequestUpdate, SamplingParams
 
 ENDLESS = 10_000
@@ -51,12 +54,12 @@ def make_core(cls: type[EngineCore] = EngineCore) -> EngineCore:
 class Engine:
     """A host in a thread of its own."""
 
-    def __init__(self, address: str, core: EngineCore) -> None:
+    def __init__(self, address: str, core: EngineCore, backlog: Backlog | None = None) -> None:
         self.address = address
         self.error: EngineDeadError | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = bind(self._context, address)
-        self._host = Host(core, self._socket)
+        self.host = Host(core, self._socket, backlog=backlog)
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -69,7 +72,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
-                self._host.serve_once(timeout_s=0.02)
+                self.host.serve_once(timeout_s=0.02)
         except EngineDeadError as error:
             self.error = error
         finally:
@@ -77,8 +80,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine_at(address: str, core: EngineCore | None = None) -> Iterator[Engine]:
-    engine = Engine(address, core or make_core())
+def engine_at(address: str, core: EngineCore | None = None, backlog: Backlog | None = None) -> Iterator[Engine]:
+    engine = Engine(address, core or make_core(), backlog)
     try:
         yield engine
     finally:
@@ -267,12 +270,102 @@ def test_what_can_never_be_served_is_refused_with_the_cores_reason(engine: Engin
     with_client(engine.address, work)
 
 
-def test_a_full_waiting_room_refuses_as_overloaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "MAX_WAITING_REQUESTS", 0)
+def test_a_full_waiting_room_refuses_as_overloaded_and_says_when_to_come_again(address: str) -> None:
+    core = make_core()
+    config = EngineConfig(max_waiting_requests=2, max_num_seqs=16)
 
     async def work(client: EngineClient) -> None:
-        with pytest.raises(EngineOverloadedError, match="0 requests wait already"):
-            await tokens_of(client, request())
+        running = [asyncio.create_task(tokens_of(client, request(str(i), ENDLESS))) for i in range(16)]
+        await stats_when(client, lambda stats: stats.num_running == 16)
+        waiting = [asyncio.create_task(tokens_of(client, request(f"w{i}", 1))) for i in range(2)]
+        await stats_when(client, lambda stats: stats.num_waiting == 2)
+        with pytest.raises(EngineOverloadedError, match="2 requests with 6 tokens wait already") as raised:
+            await tokens_of(client, request("too much"))
+        assert 1 <= raised.value.retry_after_s <= 60
+        for i in range(16):
+            client.abort(str(i))
+        assert [len(tokens) for tokens in await asyncio.gather(*waiting)] == [1, 1]
+        await asyncio.gather(*running)
+
+    with engine_at(address, core, backlog=Backlog(core, config)):
+        with_client(address, work)
+
+
+def test_an_engine_that_drains_tells_its_clients_finishes_what_runs_and_refuses_what_is_new(engine: Engine) -> None:
+    async def work(client: EngineClient) -> None:
+        running = asyncio.create_task(tokens_of(client, request("running", LONG)))
+        await stats_when(client, is_running)
+        engine.host.drain(PATIENCE_S)
+        late = wire.pack_request(request("late"))
+        client._connection.send(late)  # Before the client has heard of it.
+        while not client.is_draining:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineDrainingError):
+            await tokens_of(client, request("new"))
+        assert len(await running) == LONG
+
+    with_client(engine.address, work)
+
+
+def test_one_client_of_two_does_not_wait_behind_the_others_flood(address: str) -> None:
+    core = EngineCore(EngineConfig(block_size=16, max_num_seqs=4), SimulatedExecutor(2000, 16, 2048))
+
+    async def work(flooding: EngineClient) -> None:
+        flood = [asyncio.create_task(tokens_of(flooding, request(str(i), 20))) for i in range(200)]
+        await stats_when(flooding, lambda stats: stats.num_waiting >= 100)
+        other = await EngineClient.connect(address, timeout_s=PATIENCE_S)
+        try:
+            before = (await other.stats()).num_steps
+            await tokens_of(other, request("single", 1))
+            after = await other.stats()
+            # It waits for one seat: 20 steps at most, and what the two readings take. The flood as a whole takes 1,000.
+            assert after.num_steps - before < 100
+            assert after.num_waiting > 50
+        finally:
+            await other.close()
+        await asyncio.gather(*flood)
+
+    with engine_at(address, core):
+        with_client(address, work)
+
+
+def test_a_view_shows_who_holds_which_block_and_readings_come_in_order(engine: Engine) -> None:
+    async def work(client: EngineClient) -> None:
+        async with contextlib.aclosing(client.submit(request(max_tokens=ENDLESS))) as updates:
+            await anext(updates)
+            view, stats, again = await asyncio.gather(client.view(), client.stats(), client.view())
+            assert (view.requests[0].request_id, view.requests[0].client_id) == ("r", client.client_id)
+            assert len(view.blocks) == view.stats.num_blocks == stats.num_blocks == 2000
+            assert view.blocks.count(3) >= 1
+            assert view.stats.num_steps <= stats.num_steps <= again.stats.num_steps
+
+    with_client(engine.address, work)
+
+
+def test_draining_refuses_what_is_new_and_waits_for_what_runs(engine: Engine) -> None:
+    async def work(client: EngineClient) -> None:
+        running = asyncio.create_task(tokens_of(client, request("running", max_tokens=LONG)))
+        await stats_when(client, is_running)
+        draining = asyncio.create_task(client.drain(PATIENCE_S))
+        await asyncio.sleep(0)
+        assert client.is_draining
+        with pytest.raises(EngineDrainingError, match="takes nothing new"):
+            await tokens_of(client, request("new"))
+        assert not running.done()
+        await draining
+        assert len(await running) == LONG
+
+    with_client(engine.address, work)
+
+
+def test_what_outlasts_the_draining_ends_with_an_error_and_frees_its_blocks(engine: Engine) -> None:
+    async def work(client: EngineClient) -> None:
+        running = asyncio.create_task(tokens_of(client, request("running", max_tokens=ENDLESS)))
+        await stats_when(client, is_running)
+        await client.drain(0.05)
+        with pytest.raises(EngineDrainingError, match=r"did not finish within 0.05 s"):
+            await running
+        await stats_when(client, is_idle)
 
     with_client(engine.address, work)
 
@@ -562,7 +655,7 @@ def test_an_error_of_the_connections_keeper_ends_streams_instead_of_leaving_them
     async def work(client: EngineClient) -> None:
         reading = asyncio.create_task(tokens_of(client, request("r", ENDLESS)))
         await stats_when(client, lambda stats: stats.num_running == 1)
-        monkeypatch.setattr(wire, "parse_address", lambda address: "nonsense")
+        monkeypatch.setattr(wire, "parse_address", lambda address, has_key: "nonsense")
         raw.say(wire.Hello(wire.PROTOCOL_VERSION, client.client_id))
         assert isinstance(await asyncio.to_thread(raw.hear), wire.Welcome)
         with pytest.raises(EngineDeadError):
@@ -654,6 +747,53 @@ def test_a_socket_that_a_dead_engine_left_behind_is_replaced(context: zmq.Contex
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
     bind(context, address).close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("client_key", ["same", "other", "none"])
+def test_over_tcp_only_a_client_with_the_engines_key_is_served(tmp_path: Path, client_key: str) -> None:
+    for name in ("same", "other"):
+        EngineKey.make(str(tmp_path / name))
+    address, key = f"tcp://127.0.0.1:{free_port()}", EngineKey.read(str(tmp_path / "same"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    door = key.admit_clients(context)
+    listener = bind(context, address, key)
+
+    async def main() -> list[int]:
+        key_file = None if client_key == "none" else str(tmp_path / client_key)
+        client = await EngineClient.connect(address, timeout_s=PATIENCE_S if client_key == "same" else 1.0, key_file=key_file)
+        try:
+            return await tokens_of(client, request())
+        finally:
+            await client.close()
+
+    host = Host(make_core(), listener)
+    is_stopping = threading.Event()
+
+    def run() -> None:
+        while not is_stopping.is_set():
+            host.serve_once(timeout_s=0.02)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        if client_key == "same":
+            assert len(asyncio.run(main())) == 5
+        else:
+            with pytest.raises(EngineDeadError, match="--engine-key"):
+                asyncio.run(main())
+    finally:
+        is_stopping.set()
+        thread.join()
+        door.stop()
+        listener.close(0)
+        context.term()
 
 
 def test_tcp_off_the_loopback_interface_is_not_bound(context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cacheflow.conformance.verdict import NotApplicable, expect
+from cacheflow.config import EngineConfig
+from cacheflow.conformance.verdict import NotApplicable, expect, expect_reasons
 from cacheflow.interfaces import ProcessorRow
 from cacheflow.types import SamplingParams
 
@@ -38,6 +39,10 @@ class SmallContext:
     vocab_size = VOCAB_SIZE
     eos_token_ids = (2,)
 
+    def special_token_ids(self) -> frozenset[int]:
+        """The end of text."""
+        return frozenset(self.eos_token_ids)
+
     def encode(self, text: str) -> list[int]:
         """One id per character."""
         return [ord(character) % VOCAB_SIZE for character in text]
@@ -49,6 +54,9 @@ class SmallContext:
 
 def _examples(plugin: Any) -> list[tuple[SamplingParams, Any]]:
     """The parameters that this processor reacts to, each with its instance."""
+    reasons = expect_reasons(plugin.supports(EngineConfig())) if hasattr(plugin, "supports") else ()
+    if reasons:
+        raise NotApplicable("; ".join(reasons))
     context = SmallContext()
     found = []
     for params in (*ORDINARY, *getattr(plugin, "EXAMPLES", ())):

@@ -97,6 +97,39 @@ def check_linear(plugin: Any, name: str) -> None:
                     _expect_result(apply(x), reference, spec, what)
 
 
+def check_gated_linear(plugin: Any, name: str) -> None:
+    """`silu(first half of the outputs) * second half`, with and without bias."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for in_features, out_features in ((64, 96), (33, 14)):
+            weight, x = draw(out_features, in_features) / in_features**0.5, draw(17, in_features)
+            for bias in (None, draw(out_features)):
+                gate, up = (x.float() @ weight.float().T + (0 if bias is None else bias.float())).chunk(2, dim=1)
+                out = ops.linear(weight.clone(), None if bias is None else bias.clone(), is_gated=True)(x)
+                what = f"gated linear {in_features} to {out_features}, {'no bias' if bias is None else 'bias'}"
+                _expect_result(out, gate / (1 + (-gate).exp()) * up, spec, what)
+
+
+_MAX_QUANTISATION_ERRORS = {"int8": 0.01, "int4": 0.12, "int8_dynamic": 0.02}
+"""RMS of what quantising random normal weights, and for the last one rows too, may cost, relative to the product's own."""
+
+
+def check_quantised_linear(plugin: Any, name: str) -> None:
+    """Every form, from weights of the spec's dtype and from float32 ones, near the product that is not quantised."""
+    for spec, ops in _providers(plugin):
+        draw = _Draw(spec)
+        for form, limit in _MAX_QUANTISATION_ERRORS.items():
+            for in_features, out_features in ((576, 64), (100, 37)):
+                weight, bias, x = draw(out_features, in_features), draw(out_features), draw(17, in_features)
+                reference = x.float() @ weight.float().T + bias.float()
+                for given in (weight.clone(), weight.float()):
+                    out = ops.linear(given, bias.clone(), form=form)(x)
+                    what = f"{form} linear {in_features} to {out_features}"
+                    expect(out.dtype == spec.dtype, f"{what}: the output is {out.dtype}, the input {spec.dtype}")
+                    error = float((out.float() - reference).square().mean().sqrt() / reference.square().mean().sqrt())
+                    expect(error <= limit, f"{what}: it is off by {error:.4f} of the product's size; {limit} is allowed")
+
+
 def check_rms_norm(plugin: Any, name: str) -> None:
     """RMSNorm, without changing its input."""
     for spec, ops in _providers(plugin):
@@ -172,6 +205,8 @@ def check_silu_and_mul(plugin: Any, name: str) -> None:
 CHECKS = (
     check_supports_gives_reasons,
     check_linear,
+    check_gated_linear,
+    check_quantised_linear,
     check_rms_norm,
     check_fused_add_rms_norm,
     check_layer_norm,

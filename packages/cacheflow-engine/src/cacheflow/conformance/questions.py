@@ -50,5 +50,6 @@ QUESTIONS: dict[str, Callable[[], Any]] = {
     "cacheflow.attention_backends": _ordinary_cache,
     "cacheflow.op_providers": _ordinary_ops,
     "cacheflow.executors": _default_config,
+    "cacheflow.logits_processors": _default_config,
 }
 """What each group's `supports` is asked. A weight loader's question is a checkpoint, and there is none here."""

@@ -106,6 +106,11 @@ def _sampling_option(entry: Field[Any], text: str | None) -> Callable[[Any], Any
 def _sampling_values(options: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: options[name] for name in SAMPLING_FIELDS if name in options and name not in OFF_THE_COMMAND_LINE}
     values["early_stopping"] = {"true": True, "false": False, "never": "never"}[values["early_stopping"]]
+    if values["structured"] is not None:
+        try:
+            values["structured"] = json.loads(values["structured"])
+        except ValueError as error:
+            raise click.UsageError(f'--structured takes JSON, such as \'{{"regex": "[0-9]+"}}\': {error}.') from error
     return values
 
 

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -18,23 +20,23 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cacheflow.asgi import Receive, Send, error_document
+from cacheflow.asgi import ErrorAnswer, Receive, Send, error_document, send_answer, send_error
 from cacheflow.config import EngineConfig, flag_of
+from cacheflow.edge import EdgeOptions, Guard
 from cacheflow.entrypoints.gone import refuse_gone_options
 from cacheflow.entrypoints.options import build, options_from
 from cacheflow.errors import CacheflowError, ConfigError, PluginError
 from cacheflow.interfaces import Frontend
 from cacheflow.plugins import find_plugins, load_plugin
+from cacheflow.status import metrics_app
 
 if TYPE_CHECKING:
     from cacheflow.async_server import AsyncLLMServer
 
 GROUP = "cacheflow.frontends"
 PACKAGES = {"simple": "cacheflow-server", "openai": "cacheflow-openai"}
-GRACE_S = 5
-"""How long running answers may go on after SIGTERM before they end with an error."""
 LAST_WORD_S = 2
-"""How long after the grace an answer may take to tell its error, before it is cut off."""
+"""How long after --drain-timeout an answer may take to tell its error, before it is cut off."""
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
@@ -64,8 +66,10 @@ def frontend_command(name: str) -> click.Command:
     frontend: type[Frontend] = load_plugin(GROUP, name)
 
     @click.pass_context
-    def run(context: click.Context, /, engine: str | None, **values: Any) -> None:
+    def run(context: click.Context, /, engine: str | None, engine_key: str | None, **values: Any) -> None:
         options, config = build(frontend.options, values), build(EngineConfig, values)
+        if engine is None and engine_key is not None:
+            raise click.UsageError("--engine-key is for --engine tcp://HOST:PORT; an engine of this server's own needs none.")
         if engine is not None:
             for entry in fields(EngineConfig):
                 if context.get_parameter_source(entry.name) is ParameterSource.COMMANDLINE:
@@ -73,7 +77,7 @@ def frontend_command(name: str) -> click.Command:
                         f"{flag_of(entry.name)} is for a new engine; {engine} already has its own. Leave it out."
                     )
         try:
-            asyncio.run(serve(frontend, options, config, engine))
+            asyncio.run(serve(frontend, options, config, engine, engine_key))
         except CacheflowError as error:
             raise click.ClickException(str(error)) from error
 
@@ -85,17 +89,27 @@ def frontend_command(name: str) -> click.Command:
     )
     command = options_from(frontend.options)(command)
     command = click.option("--engine", metavar="ADDRESS", help="A running `cacheflow engine`. Default: start one.")(command)
+    command = click.option("--engine-key", metavar="FILE", help="A copy of that engine's --engine-key, for TCP.")(command)
     return refuse_gone_options(options_from(EngineConfig)(command))
 
 
-async def serve(frontend: type[Frontend], options: Any, config: EngineConfig, engine_address: str | None = None) -> None:
+async def serve(
+    frontend: type[Frontend],
+    options: Any,
+    config: EngineConfig,
+    engine_address: str | None = None,
+    key_file: str | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT. The port is open while the engine loads: /health is 200, all else 503.
+
+    The first signal drains: new requests are refused with 503, running ones finish. The second ends at once.
 
     Args:
         frontend: The frontend's class.
         options: An instance of its `options`.
         config: Of the engine to start.
         engine_address: Of a running engine, to be used instead.
+        key_file: Of that engine's key.
 
     Raises:
         CacheflowError: The port can't be had, or the engine can't be started.
@@ -111,27 +125,57 @@ async def serve(frontend: type[Frontend], options: Any, config: EngineConfig, en
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cacheflow").setLevel(logging.INFO)
-    sockets = _listen(options.host, options.port)
-    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{sockets[0].getsockname()[1]}"
-    door = _Door()
-    server = Server(
-        uvicorn.Config(
-            door, lifespan="off", log_config=None, log_level="warning", timeout_graceful_shutdown=GRACE_S + LAST_WORD_S
+    # A frontend of others may have options of its own; it is guarded while the engine loads, and itself from then on.
+    edge = options if isinstance(options, EdgeOptions) else EdgeOptions(host=options.host, port=options.port)
+
+    def make_server(door: _Door) -> Server:
+        return Server(
+            uvicorn.Config(
+                door,
+                http="h11",  # httptools has no limit on headers.
+                h11_max_incomplete_event_size=edge.max_header_bytes,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                root_path=edge.root_path,
+                ssl_certfile=edge.ssl_certfile,
+                ssl_keyfile=edge.ssl_keyfile,
+                timeout_graceful_shutdown=math.ceil(edge.drain_timeout) + LAST_WORD_S,
+            )
         )
-    )
+
+    sockets = _listen(edge.host, edge.port)
+    metrics_sockets = [] if edge.metrics_port is None else _listen(edge.host, edge.metrics_port)
+    url = _url(edge, sockets)
+    door, metrics_door = _Door(edge), _Door(edge)
+    server, metrics_server = make_server(door), make_server(metrics_door)
     serving = asyncio.ensure_future(server.serve(sockets=sockets))
+    serving_metrics = asyncio.ensure_future(metrics_server.serve(sockets=metrics_sockets)) if metrics_sockets else None
     starting: asyncio.Future[AsyncLLMServer] = asyncio.ensure_future(
-        AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address)
+        AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address, key_file=key_file)
     )
-    with _signals(server) as ending:
+    with _signals(server) as (ending, ending_now):
         try:
-            await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done():
+            await asyncio.wait((serving, starting, ending), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
                 engine = starting.result()
                 door.app = frontend.create_app(engine, options)
+                metrics_door.app = metrics_app(engine, edge)
                 print(f"Serving {engine.model_info.model} at {url}", flush=True)
+                if metrics_sockets:
+                    print(f"Metrics at {_url(edge, metrics_sockets)}/metrics", flush=True)
                 await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait((serving,), timeout=GRACE_S)
+                end_s = time.monotonic() + edge.drain_timeout
+                draining = asyncio.ensure_future(engine.drain(edge.drain_timeout))
+                await asyncio.wait((serving, draining, ending_now), return_when=asyncio.FIRST_COMPLETED)
+                draining.cancel()
+                # What the engine has finished may not have been sent yet, to a client that reads slowly.
+                left_s = 0.0 if ending_now.done() else max(0.0, end_s - time.monotonic())
+                server.config.timeout_graceful_shutdown = math.ceil(left_s) + LAST_WORD_S
+                server.should_exit = True
+                await asyncio.wait((serving, ending_now), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             server.should_exit = True
             starting.cancel()
@@ -139,29 +183,33 @@ async def serve(frontend: type[Frontend], options: Any, config: EngineConfig, en
             if not starting.cancelled() and starting.exception() is None:
                 await starting.result().close()  # Answers that still run thereby end with an error of their own.
             await asyncio.gather(serving, return_exceptions=True)
+            if serving_metrics is not None:
+                metrics_server.should_exit = True
+                await asyncio.gather(serving_metrics, return_exceptions=True)
     serving.result()
 
 
 class _Door:
     """The ASGI application that stands before the frontend's own, which can't be made until the engine is there."""
 
-    def __init__(self) -> None:
-        self.app: Any = None
+    def __init__(self, options: EdgeOptions) -> None:
+        self.app: Any = Guard(_answer_while_loading, options)
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if self.app is not None:
-            await self.app(scope, receive, send)
-            return
-        import json
+        await self.app(scope, receive, send)
 
-        headers = [(b"content-type", b"application/json")]
-        if scope["path"] == "/health":
-            status, document = 200, {"status": "alive"}
-        else:
-            status, document = 503, error_document("The engine is loading its model.", "server_error", code="not_ready")
-            headers.append((b"retry-after", b"1"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(document).encode()})
+
+async def _answer_while_loading(scope: Any, receive: Receive, send: Send) -> None:
+    if scope["path"].removeprefix(scope["root_path"]) == "/health":
+        await send_answer(send, 200, "application/json", b'{"status": "alive"}')
+    else:
+        document = error_document("The engine is loading its model.", "server_error", code="not_ready")
+        await send_error(send, ErrorAnswer(503, document, {"retry-after": "1"}))
+
+
+def _url(options: EdgeOptions, sockets: Sequence[socket.socket]) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"http{'s' if options.ssl_certfile else ''}://{host}:{sockets[0].getsockname()[1]}"
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
@@ -209,25 +257,26 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 @contextlib.contextmanager
-def _signals(server: Any) -> Iterator[asyncio.Future[None]]:
+def _signals(server: Any) -> Iterator[tuple[asyncio.Future[None], asyncio.Future[None]]]:
     """SIGINT and SIGTERM end the server: the first when running answers are done, the second at once.
 
     Yields:
-        What is done with the first.
+        What is done with the first, and with the second.
     """
     loop = asyncio.get_running_loop()
-    ending = loop.create_future()
+    ending, ending_now = loop.create_future(), loop.create_future()
 
     def end() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
         if not ending.done():
             ending.set_result(None)
+        elif not ending_now.done():
+            server.force_exit = server.should_exit = True
+            ending_now.set_result(None)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
     try:
-        yield ending
+        yield ending, ending_now
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)

@@ -6,7 +6,7 @@ Every option is thus defined once, with its type, range, unit and help. This mod
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,14 +19,12 @@ Command = TypeVar("Command", bound="click.Command | Callable[..., Any]")
 Options = TypeVar("Options")
 
 
-def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+def _names(value: str) -> tuple[str, ...]:
     """Parses a list of names: a JSON list, or separated by commas.
 
     Raises:
         click.BadParameter: It is neither.
     """
-    if isinstance(value, tuple):  # A default.
-        return value
     if not value.strip().startswith("["):
         return tuple(name for part in value.split(",") if (name := part.strip()))
     try:
@@ -36,6 +34,11 @@ def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
     if not all(isinstance(entry, str) for entry in entries):
         raise click.BadParameter(f"{value!r} must be a list of strings.")
     return tuple(entries)
+
+
+def _all_names(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
+    """The names of an option that may be given several times."""
+    return tuple(name for value in values for name in _names(value))
 
 
 def options_from(dataclass_type: type[Any], names: Collection[str] | None = None) -> Callable[[Command], Command]:
@@ -77,8 +80,9 @@ def _option(entry: Field[Any], hint: Any) -> Callable[[Any], Any]:
     rules, flag = entry.metadata, flag_of(entry.name)
     # `int | None` parses as an int; leaving the option out is how None is said.
     kind = next((t for t in get_args(hint) if t is not type(None)), hint)
-    if get_origin(hint) is tuple:
-        kind = _names
+    is_list = get_origin(hint) is tuple
+    if is_list:
+        kind = str
     elif kind is bool:
         flag, kind = (f"{flag}/--no-{flag[2:]}" if entry.default else flag), None
     elif rules["choices"] is not None:
@@ -90,7 +94,9 @@ def _option(entry: Field[Any], hint: Any) -> Callable[[Any], Any]:
         type=kind,
         is_flag=kind is None,
         default=entry.default,
-        show_default=entry.default not in (None, ()) and entry.default is not False,
-        metavar="NAMES" if kind is _names else rules["unit"],
+        show_default=entry.default not in (None, (), "") and entry.default is not False,
+        metavar="NAMES" if is_list else rules["unit"],
+        multiple=is_list,
+        callback=_all_names if is_list else None,
         help=rules["help"],
     )

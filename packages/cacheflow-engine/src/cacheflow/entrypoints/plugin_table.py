@@ -60,7 +60,7 @@ def _status(group: str, name: str, num_claims: int) -> tuple[str, str]:
     except PluginError as error:
         return (CONFLICT if num_claims > 1 else BROKEN), str(error)
     question = QUESTIONS.get(group)
-    if question is None:
+    if question is None or not hasattr(plugin, "supports"):  # A logits processor need not have it.
         return USABLE, ""
     try:
         reasons = plugin.supports(question())

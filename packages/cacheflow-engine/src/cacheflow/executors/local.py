@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cacheflow.errors import EngineDeadError
+from cacheflow.errors import EngineDeadError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from cacheflow.config import EngineConfig
@@ -65,7 +65,7 @@ class LocalExecutor:
         try:
             return Done(value=self._runner.execute(step))
         except Exception as error:
-            return Done(error=error)
+            return Done(error=_named(error))
 
     def check(self) -> None:
         """Asks the device, which may be gone behind an error that looks like a request's."""
@@ -76,6 +76,17 @@ class LocalExecutor:
     def close(self) -> None:
         """Lets go of weights and cache."""
         self._runner = None
+
+
+def _named(error: Exception) -> Exception:
+    """The error, under its own name if memory ran out."""
+    import torch
+
+    is_host = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    is_device = isinstance(error, torch.OutOfMemoryError)
+    if is_device:
+        torch.cuda.empty_cache()  # What is left over in pieces may be enough for a smaller step.
+    return OutOfMemoryError(str(error)) if is_host or is_device else error
 
 
 def _runs_on_cuda(config: EngineConfig) -> bool:

@@ -9,11 +9,12 @@ PagedAttention's memory manager (arXiv:2309.06180). It knows token ids as number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cacheflow.kvcache.block_pool import BlockPool
 from cacheflow.kvcache.prefix_cache import Key, PrefixCache, block_key, root_key
+from cacheflow.types import BLOCK_CACHED, BLOCK_FREE, BLOCK_OWNED, BLOCK_SHARED
 
 
 @dataclass(slots=True)
@@ -65,9 +66,13 @@ class KVManager:
 
     def reserve(self, sequence_id: int, start: int, end: int) -> bool:
         """Makes the slots of tokens `start` to `end` writable. False, and nothing changed, when there is no room."""
+        table = self.tables[sequence_id]
+        last = len(table.blocks) - 1
+        has_room = start // self.block_size == last and end <= (last + 1) * self.block_size
+        if has_room and self.pool.ref_counts[table.blocks[last]] == 1:
+            return True  # A decode, nearly always: its own last block has room.
         if self.num_new_blocks(sequence_id, start, end) > self.pool.num_available:
             return False
-        table = self.tables[sequence_id]
         for index in self._shared(table, start, end):
             source, block = table.blocks[index], self._take()
             self._copies[block] = source
@@ -122,6 +127,23 @@ class KVManager:
             self.pool.discard(block)
         self._copies.clear()
         return [sequence_id for sequence_id, table in self.tables.items() if not dropped.isdisjoint(table.blocks)]
+
+    def block_map(self, owners: Mapping[int, int]) -> list[int]:
+        """What each block is, as in `EngineView.blocks`.
+
+        Args:
+            owners: For each sequence, by its id, the number of its request; a block of any other counts as shared.
+        """
+        kinds = [
+            BLOCK_SHARED if count else BLOCK_CACHED if self.pool.is_idle(block) else BLOCK_FREE
+            for block, count in enumerate(self.pool.ref_counts)
+        ]
+        for sequence_id, table in self.tables.items():
+            if sequence_id in owners:
+                for block in table.blocks:
+                    if self.pool.ref_counts[block] == 1:
+                        kinds[block] = BLOCK_OWNED + owners[sequence_id]
+        return kinds
 
     def check(self) -> None:
         """Asserts every invariant that ties tables, references and keys together."""

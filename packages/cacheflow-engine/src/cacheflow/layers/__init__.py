@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cacheflow.layers.context import BuildContext
+from cacheflow.layers.decoder import fused_decoder
 from cacheflow.layers.modules import Embedding, LayerNorm, Linear, OutputHead, RMSNorm
 from cacheflow.layers.parallel import ParallelGroup, SingleRank
 from cacheflow.layers.rotary import Rotary, rope_max_positions
@@ -17,5 +18,6 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "SingleRank",
+    "fused_decoder",
     "rope_max_positions",
 ]

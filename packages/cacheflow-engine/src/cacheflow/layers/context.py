@@ -14,6 +14,7 @@ from cacheflow.errors import CheckpointError, ConfigError
 from cacheflow.layers.modules import Embedding, LayerNorm, Linear, OutputHead, RMSNorm
 from cacheflow.layers.parallel import ParallelGroup, SingleRank
 from cacheflow.layers.parameters import Parameter, Shard
+from cacheflow.layers.quantization import LinearForms
 from cacheflow.layers.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ class BuildContext:
     `.weight` or `.bias`. Then the engine calls `load` for every checkpoint tensor and `finish` once; before that no layer
     can be called.
 
+    Args:
+        ops: As the attribute.
+        dtype: As the attribute.
+        device: As the attribute.
+        group: As the attribute; None: one rank.
+        forms: How matrices are kept; None: in `dtype`.
+
     Attributes:
         ops: The operations that the layers use; a model may call `silu_and_mul` and its like itself.
         dtype: Of parameters and arithmetic.
@@ -36,13 +44,22 @@ class BuildContext:
         group: The ranks that share each layer.
     """
 
-    def __init__(self, ops: OpProvider, dtype: torch.dtype, device: torch.device, group: ParallelGroup | None = None) -> None:
+    def __init__(
+        self,
+        ops: OpProvider,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ParallelGroup | None = None,
+        forms: LinearForms | None = None,
+    ) -> None:
         self.ops = ops
         self.dtype = dtype
         self.device = device
         self.group: ParallelGroup = group or SingleRank()
+        self._forms = forms or LinearForms()
         self._parameters: dict[str, Parameter] = {}
-        self._packed: list[Linear | OutputHead] = []
+        self._unpacked: list[tuple[Linear | OutputHead, list[Parameter]]] = []
+        self._num_declared = 0
         self._ignored: list[str] = []
         self._aliases: dict[str, str] = {}
 
@@ -57,6 +74,7 @@ class BuildContext:
         bias: bool = False,
         split: Literal["column", "row"] | None = None,
         unit: int = 1,
+        is_gated: bool = False,
     ) -> Linear:
         """A matrix product. Several names become one matrix, whose outputs lie side by side.
 
@@ -68,9 +86,11 @@ class BuildContext:
             split: "column": ranks share the outputs, and each returns its own; "row": ranks share the inputs, each is given
                 its own, and all return the sum; None: every rank computes everything.
             unit: Outputs of a column split are divided in whole units of so many features, such as a head.
+            is_gated: There are two names of equal size, a gate and what it lets through, and the layer returns
+                `silu(gate) * up` (SwiGLU, arXiv:2002.05202).
 
         Returns:
-            Maps `[num_rows, in_features]` to `[num_rows, sum of out_features]`, divided by `split`.
+            Maps `[num_rows, in_features]` to `[num_rows, sum of out_features]`, gated half as many, divided by `split`.
 
         Raises:
             ConfigError: The number of ranks does not divide the features.
@@ -78,17 +98,21 @@ class BuildContext:
         names = (names,) if isinstance(names, str) else tuple(names)
         sizes = (out_features,) if isinstance(out_features, int) else tuple(out_features)
         assert len(names) == len(sizes), f"{len(names)} names with {len(sizes)} sizes"
+        assert not is_gated or (len(sizes) == 2 and sizes[0] == sizes[1]), f"gated, with the sizes {sizes}"
         for name, size in zip(names, sizes, strict=True):
             if split is not None:
                 self._check_divides(name, size // unit if split == "column" else in_features)
         axis = {None: None, "column": 0, "row": 1}[split]
         shapes = {name: (size, in_features) for name, size in zip(names, sizes, strict=True)}
-        weight = self._parameter({f"{name}.weight": (shape, axis) for name, shape in shapes.items()})
+        # Integers are made of all the digits that the checkpoint has.
+        dtype = self.dtype if self._forms.layers == "plain" else torch.float32
+        weight = self._parameter({f"{name}.weight": (shape, axis) for name, shape in shapes.items()}, dtype)
         bias_axis = 0 if split == "column" else None
         offset = self._parameter({f"{name}.bias": (shape[:1], bias_axis) for name, shape in shapes.items()}) if bias else None
         local_sizes = tuple(size // self.group.size if split == "column" else size for size in sizes)
-        layer = Linear(weight, offset, local_sizes, self.group if split == "row" else None)
-        self._packed.append(layer)
+        sum_over = self.group if split == "row" else None
+        layer = Linear(weight, offset, local_sizes, sum_over, self._forms.layers, is_gated)
+        self._unpacked.append((layer, [weight] if offset is None else [weight, offset]))
         return layer
 
     def embedding(self, name: str, num_rows: int, size: int, *, split: bool = False) -> Embedding:
@@ -115,8 +139,8 @@ class BuildContext:
         else:
             weight = self._parameter({f"{name}.weight": ((num_rows, in_features), 0)})
         offset = self._parameter({f"{name}.bias": ((num_rows,), 0)}) if bias else None
-        head = OutputHead(weight, offset, num_rows, self.group)
-        self._packed.append(head)
+        head = OutputHead(weight, offset, num_rows, self.group, self._forms.head)
+        self._unpacked.append((head, [weight] if offset is None else [weight, offset]))
         return head
 
     def rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
@@ -159,11 +183,11 @@ class BuildContext:
         return {name: parameter.shards[name].shape for name, parameter in self._parameters.items()}
 
     def parameter(self, name: str) -> Parameter:
-        """The parameter that a checkpoint tensor fills; only until `finish`."""
+        """The parameter that a checkpoint tensor fills; a matrix's only until it is packed."""
         return self._parameters[name]
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
-        """Copies a checkpoint tensor into its place, cast to the context's dtype.
+        """Copies a checkpoint tensor into its place. A matrix that has all its parts is packed, and its raw form let go.
 
         Raises:
             CheckpointError: No parameter has this name and it is not to be ignored, or its shape or dtype does not fit.
@@ -173,6 +197,7 @@ class BuildContext:
                 name = meaning + name.removeprefix(prefix)
         if name in self._parameters:
             self._parameters[name].load(name, tensor)
+            self._pack_filled()
         elif not name.endswith(tuple(self._ignored)):
             raise CheckpointError(
                 f"The checkpoint has a tensor {name} {list(tensor.shape)} that its architecture has no place for. "
@@ -180,7 +205,7 @@ class BuildContext:
             )
 
     def finish(self) -> None:
-        """Checks that every parameter has been filled, packs the matrices once and lets go of the raw ones.
+        """Checks that every parameter has been filled.
 
         Raises:
             CheckpointError: Tensors are missing from the checkpoint.
@@ -189,19 +214,29 @@ class BuildContext:
         if missing:
             shown = ", ".join(missing[:_MAX_NAMES_SHOWN]) + (", …" if len(missing) > _MAX_NAMES_SHOWN else "")
             raise CheckpointError(
-                f"The checkpoint lacks {len(missing)} of {len(self._parameters)} tensors: {shown}. "
+                f"The checkpoint lacks {len(missing)} of {self._num_declared} tensors: {shown}. "
                 f"A file of it is missing, or the weights and config.json don't belong together."
             )
-        for layer in self._packed:
-            layer.pack(self.ops)
+        assert not self._unpacked
         self._parameters.clear()
-        self._packed.clear()
 
-    def _parameter(self, parts: Mapping[str, tuple[tuple[int, ...], int | None]]) -> Parameter:
+    def _pack_filled(self) -> None:
+        """At once and not at the end, so that the raw forms of all matrices are never there together."""
+        filled = [(layer, parts) for layer, parts in self._unpacked if not any(part.missing for part in parts)]
+        for layer, parts in filled:
+            layer.pack(self.ops)
+            self._unpacked.remove((layer, parts))
+            for name in [name for part in parts for name in part.shards]:
+                self._parameters.pop(name, None)
+
+    def _parameter(
+        self, parts: Mapping[str, tuple[tuple[int, ...], int | None]], dtype: torch.dtype | None = None
+    ) -> Parameter:
         shards = {name: Shard(shape, axis, self.group.rank, self.group.size) for name, (shape, axis) in parts.items()}
-        parameter = Parameter(shards, self.dtype, self.device)
+        parameter = Parameter(shards, dtype or self.dtype, self.device)
         assert not self._parameters.keys() & shards.keys(), "a checkpoint tensor was declared twice"
         self._parameters.update(dict.fromkeys(shards, parameter))
+        self._num_declared += len(shards)
         return parameter
 
     def _check_divides(self, name: str, count: int) -> None:

@@ -21,13 +21,20 @@ class Linear:
     """A matrix product, fused from one or several checkpoint matrices.
 
     Attributes:
-        sizes: Elements that each checkpoint matrix adds to an output row of this rank; `split` wants them.
+        sizes: Elements that each checkpoint matrix adds to an output row of this rank; `split` wants them. Gated: the gate's.
     """
 
     def __init__(
-        self, weight: Parameter, bias: Parameter | None, sizes: tuple[int, ...], sum_over: ParallelGroup | None
+        self,
+        weight: Parameter,
+        bias: Parameter | None,
+        sizes: tuple[int, ...],
+        sum_over: ParallelGroup | None,
+        form: str,
+        is_gated: bool,
     ) -> None:
-        self.sizes = sizes
+        self.sizes = sizes[:1] if is_gated else sizes
+        self._form, self._is_gated = form, is_gated
         self._raw: tuple[Parameter, Parameter | None] | None = (weight, bias)
         self._sum_over = sum_over
         self._product: Callable[[torch.Tensor], torch.Tensor]
@@ -38,8 +45,19 @@ class Linear:
         weight, bias = self._raw
         # Of ranks that add up their products, only one may add the bias.
         adds_bias = bias is not None and (self._sum_over is None or self._sum_over.rank == 0)
-        self._product = ops.linear(weight.tensor, bias.tensor if bias is not None and adds_bias else None)
+        offset = bias.tensor if bias is not None and adds_bias else None
+        self._product = ops.linear(weight.tensor, offset, form=self._form, is_gated=self._is_gated)
         self._raw = None
+
+    @property
+    def product(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """This rank's product, as the op provider packed it."""
+        return self._product
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether ranks add up their products."""
+        return self._sum_over is not None and self._sum_over.size > 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_rows, in_features]` → `[num_rows, sum(sizes)]`."""
@@ -73,7 +91,8 @@ class Embedding:
 class OutputHead:
     """Hidden states to logits. Each rank computes its share of the vocabulary, and all get the whole."""
 
-    def __init__(self, weight: Parameter, bias: Parameter | None, vocab_size: int, group: ParallelGroup) -> None:
+    def __init__(self, weight: Parameter, bias: Parameter | None, vocab_size: int, group: ParallelGroup, form: str) -> None:
+        self._form = form
         self._raw: tuple[Parameter, Parameter | None] | None = (weight, bias)
         self._vocab_size = vocab_size
         self._group = group
@@ -83,7 +102,7 @@ class OutputHead:
         """Packs the filled weights and lets go of the raw ones."""
         assert self._raw is not None, "packed twice"
         weight, bias = self._raw
-        self._product = ops.linear(weight.tensor, None if bias is None else bias.tensor)
+        self._product = ops.linear(weight.tensor, None if bias is None else bias.tensor, form=self._form)
         self._raw = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -96,17 +115,17 @@ class RMSNorm:
     """RMSNorm, alone or with the addition that comes before it."""
 
     def __init__(self, weight: torch.Tensor, eps: float, ops: OpProvider) -> None:
-        self._weight, self._eps, self._ops = weight, eps, ops
+        self.weight, self.eps, self._ops = weight, eps, ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, size]` to the same shape."""
-        return self._ops.rms_norm(x, self._weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`(norm(x + residual), x + residual)`, without a residual `(norm(x), x)`; either input may be overwritten."""
         if residual is None:
             return self(x), x
-        return self._ops.fused_add_rms_norm(x, residual, self._weight, self._eps)
+        return self._ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm:

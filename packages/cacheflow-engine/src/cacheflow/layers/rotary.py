@@ -84,8 +84,8 @@ class Rotary:
         positions = torch.arange(rope_max_positions(hf_config), dtype=torch.float32)
         angles = torch.outer(positions, inverse_frequencies(settings, rotary_size))
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
-        self._head_size, self._is_neox, self._ops = head_size, is_neox, ops
+        self.head_size, self.is_neox, self._ops = head_size, is_neox, ops
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`q [num_tokens, num_heads * head_size]` and `k` turned; both may be overwritten."""
-        return self._ops.rotary(q, k, positions, self.cos_sin, self._head_size, self._is_neox)
+        return self._ops.rotary(q, k, positions, self.cos_sin, self.head_size, self.is_neox)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from cacheflow.interfaces import CONTRACT_VERSION
+from cacheflow.layers.quantization import quantised_linear
 
 if TYPE_CHECKING:
     from cacheflow.interfaces import OpSpec
@@ -30,14 +31,22 @@ class TorchOps:
         return ()
 
     def __init__(self, spec: OpSpec) -> None:
+        self._dtype = spec.dtype
         # oneDNN rearranges a bfloat16 weight for the processor's matrix units on every call unless that was done before:
         # [16, 576] by [3072, 576] took 0.93 ms with a plain weight and 0.43 ms with a rearranged one (one core with AMX).
         self._rearranges = spec.device.type == "cpu" and spec.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
         if self._rearranges:
             self._rearranges = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`x @ weight.T + bias`; bfloat16 weights on a CPU are rearranged once."""
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, form: str = "plain", is_gated: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`x @ weight.T + bias`, then `silu_and_mul` if it is gated; quantised weights take a byte each, and are slow."""
+        product = self._plain_linear(weight, bias) if form == "plain" else quantised_linear(weight, bias, form, self._dtype)
+        return (lambda x: self.silu_and_mul(product(x))) if is_gated else product
+
+    def _plain_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Bfloat16 weights on a CPU are rearranged once."""
         if not self._rearranges:
             return partial(functional.linear, weight=weight, bias=bias)
         rearranged = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)

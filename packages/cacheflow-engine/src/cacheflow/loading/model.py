@@ -16,6 +16,7 @@ import torch
 from cacheflow.errors import CheckpointError, UnsupportedModelError
 from cacheflow.interfaces import Architecture, ModelSpec, OpProvider
 from cacheflow.layers import BuildContext, ParallelGroup
+from cacheflow.layers.quantization import FORMS
 from cacheflow.loading.resolve import ModelFiles
 from cacheflow.plugins import find_plugins, load_plugin
 
@@ -96,6 +97,7 @@ def load_model(
     device: torch.device,
     ops: OpProvider,
     group: ParallelGroup | None = None,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Loads a model.
 
@@ -105,6 +107,7 @@ def load_model(
         device: Where it will run.
         ops: Its operations, made for this dtype and device.
         group: The ranks that share it; None: one rank.
+        quantization: How its matrices are kept, a name in `layers.quantization.FORMS`.
 
     Raises:
         UnsupportedModelError: Its architecture, or a setting of it, is not implemented.
@@ -122,11 +125,11 @@ def load_model(
             f"{files.name} is quantised ({method}), which is not supported. Use an unquantised checkpoint, or a GGUF file."
         )
     spec = read_spec(architecture, hf_config)
-    context = BuildContext(ops, dtype, device, group)
+    context = BuildContext(ops, dtype, device, group, FORMS[quantization])
     model = architecture(hf_config, context)
     for tensor_name, tensor in files.loader.tensors(files.path):
         context.load(tensor_name, tensor)
     context.finish()
-    dtype_name = str(dtype).removeprefix("torch.")
-    logger.info("loaded %s (%s, %s) in %.1f s", files.name, name, dtype_name, time.monotonic() - started_s)
+    words = [name, str(dtype).removeprefix("torch.")] + ([quantization] if quantization != "none" else [])
+    logger.info("loaded %s (%s) in %.1f s", files.name, ", ".join(words), time.monotonic() - started_s)
     return LoadedModel(model, spec, name)

@@ -5,12 +5,13 @@ It knows neither batches nor blocks, nor where its weights come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cacheflow.errors import UnsupportedModelError
 from cacheflow.interfaces import CONTRACT_VERSION, Attend, AttentionSpec, ModelSpec
-from cacheflow.layers import BuildContext, Rotary, rope_max_positions
+from cacheflow.layers import BuildContext, Linear, RMSNorm, Rotary, fused_decoder, rope_max_positions
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +54,8 @@ class Llama:
         spec = self.spec(hf_config)
         size, eps = spec.hidden_size, hf_config.get("rms_norm_eps", 1e-6)
         self._embedding = context.embedding("model.embed_tokens", spec.vocab_size, size, split=True)
-        rotary = context.rotary(hf_config, spec.head_size)
-        self._layers = [_Layer(layer, hf_config, spec, context, rotary) for layer in range(spec.num_layers)]
+        self._ops, self._rotary = context.ops, context.rotary(hf_config, spec.head_size)
+        self._layers = [_Layer(layer, hf_config, spec, context, self._rotary) for layer in range(spec.num_layers)]
         self._norm = context.rms_norm("model.norm", size, eps)
         tied_to = self._embedding if hf_config.get("tie_word_embeddings") else None
         self._head = context.output_head("lm_head", spec.vocab_size, size, tied_to=tied_to)
@@ -63,8 +64,15 @@ class Llama:
         """The embedding table's rows."""
         return self._embedding(input_ids)
 
+    @cached_property
+    def _fused(self) -> Callable[[torch.Tensor, torch.Tensor, Attend], torch.Tensor] | None:
+        """All that `forward` does, as the op provider does it faster; made when the weights are there."""
+        return fused_decoder(self._ops, [layer.parts for layer in self._layers], self._norm, self._rotary)
+
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """All layers and the final norm; `hidden` may be overwritten."""
+        if self._fused is not None:
+            return self._fused(hidden, positions, attend)
         # What the layers have added up so far travels as `residual` beside the latest addend, so that each sum is taken
         # together with the norm that follows it.
         residual = None
@@ -87,7 +95,7 @@ class _Layer:
         q_size, kv_size = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         eps = hf_config.get("rms_norm_eps", 1e-6)
         attention_bias, mlp_bias = hf_config.get("attention_bias", False), hf_config.get("mlp_bias", False)
-        self._layer, self._rotary, self._ops = layer, rotary, context.ops
+        self._layer, self._rotary = layer, rotary
         self._attention_norm = context.rms_norm(f"{name}.input_layernorm", size, eps)
         self._qkv = context.linear(
             [f"{name}.self_attn.{part}_proj" for part in "qkv"],
@@ -100,9 +108,19 @@ class _Layer:
         self._out = context.linear(f"{name}.self_attn.o_proj", q_size, size, bias=attention_bias, split="row")
         self._mlp_norm = context.rms_norm(f"{name}.post_attention_layernorm", size, eps)
         self._gate_up = context.linear(
-            [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], size, [inner, inner], bias=mlp_bias, split="column"
+            [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"],
+            size,
+            [inner, inner],
+            bias=mlp_bias,
+            split="column",
+            is_gated=True,
         )
         self._down = context.linear(f"{name}.mlp.down_proj", inner, size, bias=mlp_bias, split="row")
+
+    @property
+    def parts(self) -> tuple[int, RMSNorm, RMSNorm, Linear, Linear, Linear, Linear]:
+        """As `fused_decoder` takes them."""
+        return self._layer, self._attention_norm, self._mlp_norm, self._qkv, self._out, self._gate_up, self._down
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, attend: Attend
@@ -111,4 +129,4 @@ class _Layer:
         q, k, v = self._qkv(x).split(self._qkv.sizes, dim=-1)
         q, k = self._rotary(q, k, positions)
         x, residual = self._mlp_norm.add(self._out(attend(self._layer, q, k, v)), residual)
-        return self._down(self._ops.silu_and_mul(self._gate_up(x))), residual
+        return self._down(self._gate_up(x)), residual

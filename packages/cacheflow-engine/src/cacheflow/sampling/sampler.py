@@ -6,7 +6,7 @@ What is chosen for a row depends on that row and its request alone. This module 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +32,21 @@ LEAST_TEMPERATURE = 1e-20
 """Smaller ones would vanish in float32, and mean the same."""
 
 
+RowMaxima = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""As `row_maxima`."""
+
+
 class Sampler:
     """Holds the processors of running requests, and nothing else between steps.
 
     Args:
         context: What processors may ask about the model.
+        find_maxima: The op provider's `row_maxima`, if it has one.
     """
 
-    def __init__(self, context: ProcessorContext) -> None:
+    def __init__(self, context: ProcessorContext, find_maxima: RowMaxima | None = None) -> None:
         self._context = context
+        self._row_maxima: RowMaxima = row_maxima if find_maxima is None else find_maxima
         classes = [load_plugin(GROUP, name) for name in find_plugins(GROUP)]
         self._classes = sorted(classes, key=lambda processor: -processor.priority)
         self._processors: dict[int, tuple[tuple[Any, Any], ...]] = {}
@@ -64,6 +70,8 @@ class Sampler:
         """
         if not specs:
             return []
+        if all(self._is_plainly_greedy(spec) for spec in specs):
+            return self._greedy(logits, row_of_spec, specs)
         raw = logits.float()
         normaliser = raw.logsumexp(dim=-1, keepdim=True)
         _check_finite(normaliser, row_of_spec, specs)
@@ -104,6 +112,22 @@ class Sampler:
             )
             samples.update(zip(beams, found, strict=True))
         return [samples[i] for i in range(len(specs))]
+
+    def _is_plainly_greedy(self, spec: SampleSpec) -> bool:
+        """Whether the most likely token is all that is wanted, and no processor can change which it is."""
+        params = spec.params
+        return (
+            params.is_greedy
+            and params.logprobs is None
+            and not spec.num_candidates
+            and all(processor_class.argmax_invariant for processor_class, _ in self._processors_of(spec))
+        )
+
+    def _greedy(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
+        values, indices, normalisers = self._row_maxima(logits)
+        _check_finite(normalisers[:, None], row_of_spec, specs)
+        tokens, logprobs = indices.tolist(), (values - normalisers).tolist()
+        return [Sample(token_ids=[tokens[row]], scores=[logprobs[row]], logprobs=[logprobs[row]]) for row in row_of_spec]
 
     def _process(
         self, raw: torch.Tensor, normaliser: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]
@@ -148,6 +172,15 @@ class Sampler:
             found = tuple(pair for pair in made if pair[1] is not None)
             self._processors[spec.request_index] = found
         return found
+
+
+def row_maxima(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row of `[num_rows, vocab_size]` the greatest logit, the first token that has it, and the log of the sum of all
+    exponentials: float32, int64 and float32, `[num_rows]` each. A row with a NaN has a normaliser that is not finite.
+    """
+    raw = logits.float()
+    values, indices = raw.max(dim=-1)
+    return values, indices, raw.logsumexp(dim=-1)
 
 
 def draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:

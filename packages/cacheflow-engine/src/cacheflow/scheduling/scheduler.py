@@ -23,13 +23,17 @@ from cacheflow.types import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
+    MAX_VIEWED_REQUESTS,
     EngineRequest,
     EngineStats,
+    EngineView,
     Logprobs,
     RequestUpdate,
     SequenceUpdate,
 )
 
+GOOD_STEPS = 64
+"""After so many steps in a row that found enough memory, a budget that was lowered doubles: at most one in so many fails."""
 WATERMARK = 0.01
 """Share of all blocks that admission leaves free, so that running sequences can grow before the first preemption."""
 
@@ -45,6 +49,12 @@ class Scheduler:
         max_model_len: Most tokens of a sequence.
         eos_token_ids: Those that end a sequence unless its request ignores them.
         enable_prefix_caching: Whether requests find each other's blocks.
+
+    Attributes:
+        kv: The block tables.
+        num_waiting_tokens: Known tokens of the requests that wait.
+        num_admitted_tokens: Those of the requests that no longer do, since the start.
+        num_unfinished_sequences: Sequences that run, or will when their request does.
     """
 
     def __init__(
@@ -74,6 +84,11 @@ class Scheduler:
         self._finished_indices: list[int] = []
         self._blocked: Request | None = None
         self._num_available_when_blocked = 0
+        self.num_waiting_tokens = 0
+        self.num_admitted_tokens = 0
+        self.num_unfinished_sequences = 0
+        self._token_limit = max_num_batched_tokens
+        self._num_good_steps = 0
         self._num_arrivals = 0
         self._num_sequences = 0
         self._num_preemptions = 0
@@ -108,7 +123,8 @@ class Scheduler:
             raise InvalidRequestError(f"The request id {source.request_id!r} is in use.", param="request_id")
         if num_prompt_tokens == 0:
             raise InvalidRequestError("The prompt is empty: at least one token is needed.", param="prompt")
-        if num_prompt_tokens >= self._max_model_len:
+        is_embedding = source.task == "embed"
+        if num_prompt_tokens > self._max_model_len - (0 if is_embedding else 1):
             raise InvalidRequestError(
                 f"The prompt has {num_prompt_tokens} tokens; with at least one to generate, at most "
                 f"{self._max_model_len - 1} fit the context of {self._max_model_len} tokens (--max-model-len).",
@@ -120,7 +136,12 @@ class Scheduler:
                 f"{self._max_num_seqs} (--max-num-seqs).",
                 param="best_of",
             )
-        room = self._max_model_len - num_prompt_tokens
+        if is_embedding and (params.num_sequences > 1 or params.prompt_logprobs is not None or source.resumed):
+            raise InvalidRequestError(
+                'The task "embed" gives one vector: n, best_of, prompt_logprobs and resumed mean nothing there. Drop them.',
+                param="task",
+            )
+        room = 1 if is_embedding else self._max_model_len - num_prompt_tokens
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         num_blocks = self._most_blocks(num_prompt_tokens, max_tokens, params.num_sequences)
         if num_blocks > self.kv.pool.num_blocks:
@@ -155,6 +176,8 @@ class Scheduler:
         self._num_prompt_tokens += num_prompt_tokens
         request.key = self._policy.key(request.view)
         self._requests[source.client_id, source.request_id] = request
+        self.num_unfinished_sequences += params.num_sequences
+        self.num_waiting_tokens += request.num_known_tokens
         heapq.heappush(self._waiting, request)
         return request
 
@@ -203,6 +226,14 @@ class Scheduler:
             num_steps=self._num_steps,
         )
 
+    def view(self) -> EngineView:
+        """Who holds which block, between two steps. Its cost grows with the blocks and the waiting requests."""
+        requests = self._running[:MAX_VIEWED_REQUESTS]
+        waiting = (r for r in self._waiting if self.is_alive(r))
+        requests += heapq.nsmallest(MAX_VIEWED_REQUESTS - len(requests), waiting)
+        owners = {sequence.id: number for number, request in enumerate(requests) for sequence in request.sequences}
+        return EngineView(stats=self.stats(), requests=[r.summary for r in requests], blocks=self.kv.block_map(owners))
+
     # A step is made.
 
     def schedule(self, only: Collection[Request] | None = None) -> Step | None:
@@ -215,17 +246,20 @@ class Scheduler:
         if only is not None:
             for request in [r for r in self._running if r not in only]:
                 self._preempt(request)
-        budget = self._max_num_batched_tokens
+        budget = self._token_limit
         plan: list[ScheduledSequence] = []
         num_preemptions = self._num_preemptions
         # Decodes first: a prompt chunk never holds up a stream. Then prompts that have begun, then those that wait.
-        for is_decoding in (True, False):
-            for request in list(self._running):
-                if request.is_running and self._is_decoding(request) is is_decoding:
-                    budget -= self._schedule_request(request, budget, plan)
+        decoding: list[Request] = []
+        computing: list[Request] = []
+        for request in self._running:
+            (decoding if self._is_decoding(request) else computing).append(request)
+        for request in decoding + computing:
+            if request.is_running:
+                budget = max(0, budget - self._schedule_request(request, budget, plan))
         if self._num_preemptions == num_preemptions:
             for request in self._admit(budget, only):
-                budget -= self._schedule_request(request, budget, plan)
+                budget = max(0, budget - self._schedule_request(request, budget, plan))
                 if budget == 0 or self._num_preemptions != num_preemptions:
                     break
         if not plan:
@@ -237,6 +271,8 @@ class Scheduler:
         """Gives a running request its tokens of this step; returns how many. It may be preempted instead."""
         if budget == 0:
             return 0
+        if not plan:
+            budget = max(budget, request.source.params.num_sequences)  # Beams go in step, however small steps have become.
         is_decoding = self._is_decoding(request)
         if not is_decoding:
             budget = min(budget, max(1, self._policy.chunk(request.view, budget)))
@@ -278,13 +314,18 @@ class Scheduler:
             samples=self._sample_specs(request, sequence) if end == len(sequence.token_ids) else (),
             num_prompt_logprobs=source.params.prompt_logprobs if scored else None,
             scored_token_ids=scored,
+            pooling=source.pooling if request.is_embedding else None,
         )
 
     def _sample_specs(self, request: Request, sequence: Sequence) -> tuple[SampleSpec, ...]:
+        if request.is_embedding:
+            return ()
+        if request.has_forked and sequence.specs:
+            return sequence.specs
         # Behind the prompt, all sequences of a request choose their first token from one row of logits.
         is_fork = request.beam is None and not request.has_forked
         params = request.source.params
-        return tuple(
+        specs = tuple(
             SampleSpec(
                 sequence_id=sequence.id + offset,
                 request_index=request.arrival_index,
@@ -296,9 +337,16 @@ class Scheduler:
             )
             for offset in range(params.num_sequences if is_fork else 1)
         )
+        if request.has_forked:
+            sequence.specs = specs
+        return specs
 
     def _is_decoding(self, request: Request) -> bool:
-        return request.has_forked and all(s.num_remaining_tokens == 1 for s in request.sequences)
+        if not request.has_forked:
+            return False
+        if len(request.sequences) == 1:  # Nearly all: a generator would take as long as the rest of it.
+            return request.sequences[0].num_remaining_tokens == 1
+        return all(s.num_remaining_tokens == 1 for s in request.sequences)
 
     def _admit(self, budget: int, only: Collection[Request] | None) -> Iterator[Request]:
         """Gives waiting requests blocks for all their known tokens, in the policy's order, until one does not fit."""
@@ -346,6 +394,8 @@ class Scheduler:
             request.num_cached_tokens = request.sequences[0].num_computed_tokens
             self._num_cached_tokens += request.num_cached_tokens
         request.is_running = True
+        self.num_waiting_tokens -= request.num_known_tokens
+        self.num_admitted_tokens += request.num_known_tokens
         insort(self._running, request)
         return True
 
@@ -361,6 +411,7 @@ class Scheduler:
         """Back to waiting; what it has generated stays, and is computed again later."""
         self._release(request)
         self._num_preemptions += 1
+        self.num_waiting_tokens += request.num_known_tokens
         heapq.heappush(self._waiting, request)
 
     # A step ends.
@@ -369,13 +420,22 @@ class Scheduler:
         """The step succeeded: its tokens count. Returns what clients are to be told."""
         self.kv.commit()
         self._num_steps += 1
+        if self._token_limit < self._max_num_batched_tokens:
+            self._num_good_steps += 1
+            if self._num_good_steps == GOOD_STEPS:
+                self._num_good_steps = 0
+                self._token_limit = min(2 * self._token_limit, self._max_num_batched_tokens)
         updates: dict[int, RequestUpdate] = {}
         beams: dict[int, tuple[Request, list[Sample]]] = {}
-        for entry, samples, scores in zip(step.sequences, output.samples, output.prompt_logprobs, strict=True):
+        for place, (entry, samples, scores) in enumerate(
+            zip(step.sequences, output.samples, output.prompt_logprobs, strict=True)
+        ):
             request, sequence = self._scheduled.pop(entry.sequence_id)
             sequence.num_computed_tokens += len(entry.token_ids)
             if request.wants_prompt_scores:
                 self._add_prompt_logprobs(request, entry, scores or [], updates)
+            if request.is_embedding:
+                self._add_pooled(request, entry, output.pooled[place], updates)
             if not samples:
                 continue
             if request.beam:
@@ -401,6 +461,14 @@ class Scheduler:
                 self._preempt(request)
         return list(requests.values())
 
+    def make_smaller_steps(self, num_tokens: int, requests: list[Request]) -> bool:
+        """A step of so many tokens of these requests found too little memory. False if it can't be made smaller."""
+        if len(requests) == 1 and num_tokens <= requests[0].source.params.num_sequences:
+            return False
+        self._token_limit = max(1, num_tokens // 2)
+        self._num_good_steps = 0
+        return True
+
     def reset(self) -> None:
         """Forgets all blocks, in whatever state an interrupt left them: every request waits, and is computed anew."""
         self.kv = KVManager(self.kv.pool.num_blocks, self.kv.block_size)
@@ -411,6 +479,7 @@ class Scheduler:
             for sequence in request.sequences:
                 sequence.num_computed_tokens = 0
         self._waiting = sorted(self._requests.values())
+        self.num_waiting_tokens = sum(r.num_known_tokens for r in self._waiting)
         self._num_dead = 0
 
     def _append(self, request: Request, sequence: Sequence, sample: Sample, updates: dict[int, RequestUpdate]) -> None:
@@ -495,6 +564,18 @@ class Scheduler:
         update = self._update(request, updates)
         update.new_prompt_logprobs = [*first, *fresh]
 
+    def _add_pooled(
+        self, request: Request, entry: ScheduledSequence, pooled: list[float], updates: dict[int, RequestUpdate]
+    ) -> None:
+        # No cached block is read, so a prompt that lost its blocks comes again from its first token.
+        if request.source.pooling == "mean" and entry.num_computed_tokens > 0:
+            pooled = [old + new for old, new in zip(request.pooled, pooled, strict=True)]
+        request.pooled = pooled
+        if entry.num_computed_tokens + len(entry.token_ids) == request.num_prompt_tokens:
+            count = request.num_prompt_tokens if request.source.pooling == "mean" else 1
+            self._update(request, updates).embedding = [value / count for value in pooled]
+            self._finish(request, updates)
+
     def _update(self, request: Request, updates: dict[int, RequestUpdate]) -> RequestUpdate:
         update = updates.get(request.arrival_index)
         if update is None:
@@ -522,7 +603,9 @@ class Scheduler:
         self._release(request)
         del self._requests[request.source.client_id, request.source.request_id]
         self._finished_indices.append(request.arrival_index)
+        self.num_unfinished_sequences -= request.source.params.num_sequences
         if was_waiting:
+            self.num_waiting_tokens -= request.num_known_tokens
             self._num_dead += 1
             if 2 * self._num_dead > len(self._waiting):
                 self._waiting = sorted(r for r in self._waiting if self.is_alive(r))
@@ -539,7 +622,7 @@ class Scheduler:
     def _open_table(self, request: Request, sequence: Sequence) -> None:
         # Without prefix caching a request still shares with itself: its own salt.
         salt = request.source.cache_salt if self._enable_prefix_caching else f"request {request.arrival_index}"
-        reuse = not request.wants_prompt_scores
+        reuse = not (request.wants_prompt_scores or request.is_embedding)
         sequence.num_computed_tokens = self.kv.open(sequence.id, sequence.token_ids, salt, reuse=reuse)
 
     def _close_table(self, sequence: Sequence) -> None:

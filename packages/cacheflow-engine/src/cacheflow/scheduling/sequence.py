@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cacheflow.interfaces import RequestView
-from cacheflow.types import EngineRequest, Logprobs
+from cacheflow.interfaces import RequestView, SampleSpec
+from cacheflow.types import EngineRequest, Logprobs, RequestSummary
 
 if TYPE_CHECKING:
     from cacheflow.scheduling.beam_search import BeamSearch
@@ -25,6 +25,7 @@ class Sequence:
         cumulative_logprob: Sum of the raw log probabilities of the output, in nats.
         logprobs: One entry per output token, when asked for; kept for beam search only: other sequences send theirs at once.
         score: Beam search's: the sum of log probabilities after processors.
+        specs: What it asks of each step once it decodes: always the same, as the lists in it grow with the sequence.
     """
 
     id: int
@@ -35,6 +36,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[Logprobs] = field(default_factory=list)
     score: float = 0.0
+    specs: tuple[SampleSpec, ...] = ()
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -78,6 +80,7 @@ class Request:
         num_cached_tokens: Prompt tokens found in the prefix cache when it was first admitted; -1 before.
         num_scored_tokens: Prompt positions whose log probabilities were sent, the first one's None included.
         num_output_tokens: Generated so far, over all sequences that ever were.
+        pooled: For the task "embed": the sum of the hidden states of the tokens computed since it got its blocks, or the last.
     """
 
     source: EngineRequest
@@ -92,6 +95,7 @@ class Request:
     num_cached_tokens: int = -1
     num_scored_tokens: int = 0
     num_output_tokens: int = 0
+    pooled: list[float] = field(default_factory=list)
 
     def __lt__(self, other: Request) -> bool:
         return bool((self.key, self.arrival_index) < (other.key, other.arrival_index))
@@ -102,9 +106,34 @@ class Request:
         return len(self.source.prompt_token_ids)
 
     @property
+    def num_known_tokens(self) -> int:
+        """Tokens of the prompt and of all outputs; it does not change while the request waits."""
+        return self.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it wants a vector, for which every prompt position is computed, and no token."""
+        return self.source.task == "embed"
+
+    @property
     def wants_prompt_scores(self) -> bool:
         """Whether prompt positions are still to be scored: such a request reads no cached block."""
         return self.source.params.prompt_logprobs is not None and self.num_scored_tokens < self.num_prompt_tokens
+
+    @property
+    def summary(self) -> RequestSummary:
+        """What an `EngineView` tells of it."""
+        source = self.source
+        return RequestSummary(
+            request_id=source.request_id,
+            client_id=source.client_id,
+            is_running=self.is_running,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_computed_tokens=max(s.num_computed_tokens for s in self.sequences),
+            num_output_tokens=self.num_output_tokens,
+            num_sequences=len(self.sequences) if self.has_forked else source.params.num_sequences,
+            arrival_s=source.arrival_s,
+        )
 
     @property
     def view(self) -> RequestView:

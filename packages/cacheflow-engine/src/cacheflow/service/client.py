@@ -20,9 +20,10 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from cacheflow.errors import CacheflowError, EngineDeadError, InvalidRequestError
+from cacheflow.errors import CacheflowError, EngineDeadError, EngineDrainingError, InvalidRequestError
 from cacheflow.service import wire
-from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate, ResumedSequence
+from cacheflow.service.keys import EngineKey
+from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate, ResumedSequence
 
 logger = logging.getLogger(__name__)
 
@@ -103,46 +104,68 @@ class EngineClient:
     """
 
     def __init__(
-        self, address: str, client_id: str, connection: _Connection, model_info: ModelInfo, rejoin_timeout_s: float
+        self,
+        address: str,
+        client_id: str,
+        connection: _Connection,
+        model_info: ModelInfo,
+        rejoin_timeout_s: float,
+        key: EngineKey | None = None,
     ) -> None:
         self.address = address
         self.client_id = client_id
         self.model_info = model_info
         self._connection = connection
+        self._key = key
         self._is_connected = True
         self._rejoin_timeout_s = rejoin_timeout_s
         self._streams: dict[str, _Stream] = {}
-        self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
+        self._reading_waiters: deque[asyncio.Future[Any]] = deque()
+        self._is_draining = False
+        self._is_engine_draining = False
         self._death: EngineDeadError | None = None
         self._task = asyncio.create_task(self._stay_connected())
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float = 60.0, rejoin_timeout_s: float = REJOIN_TIMEOUT_S) -> EngineClient:
+    async def connect(
+        cls,
+        address: str,
+        timeout_s: float = 60.0,
+        rejoin_timeout_s: float = REJOIN_TIMEOUT_S,
+        key_file: str | None = None,
+    ) -> EngineClient:
         """Connects and waits until the engine is ready.
 
         Args:
-            address: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
+            address: `ipc:///path`, a path, or `tcp://host:port`.
             timeout_s: How long to wait for an answer. An engine that answers that it is loading is waited for.
             rejoin_timeout_s: The same, when the connection is lost later.
+            key_file: The engine's key, for TCP; needed for another machine.
 
         Raises:
-            ConfigError: The address is not one, or not on this machine.
+            ConfigError: The address is not one, or on another machine and there is no key, or the key can't be read.
             EngineDeadError: Nobody answers, or the two sides speak different versions.
             CacheflowError: The engine could not load its model; the error is of the same class as there.
         """
         client_id = secrets.token_hex(16)
-        connection = _Connection(wire.parse_address(address))
+        key = None if key_file is None else EngineKey.read(key_file)
+        connection = _Connection(wire.parse_address(address, has_key=key is not None), key)
         try:
             model_info = await _shake_hands(connection, client_id, address, timeout_s)
         except BaseException:
             connection.close(linger_ms=0)
             raise
-        return cls(address, client_id, connection, model_info, rejoin_timeout_s)
+        return cls(address, client_id, connection, model_info, rejoin_timeout_s, key)
 
     @property
     def is_alive(self) -> bool:
         """Whether the engine is there, as far as is known."""
         return self._death is None and self._is_connected
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing new is taken, because this side or the engine is ending."""
+        return self._is_draining or self._is_engine_draining
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[RequestUpdate, None]:
         """Sends a request and gives its updates, the last one `finished`. Leaving the iterator early aborts the request.
@@ -150,6 +173,7 @@ class EngineClient:
         Raises:
             InvalidRequestError: The request can't be served, can't be sent, or its id is in use.
             EngineOverloadedError: The engine's waiting room is full.
+            EngineDrainingError: This side or the engine is ending.
             EngineDeadError: The engine ended or can't be reached.
         """
         data = wire.pack_request(request)
@@ -187,12 +211,33 @@ class EngineClient:
         Raises:
             EngineDeadError: The engine ended or can't be reached.
         """
-        if not self.is_alive:
-            raise EngineDeadError(str(self._death or f"The engine at {self.address} is gone; another one is waited for."))
-        waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._stats_waiters.append(waiter)
-        self._connection.send(wire.encode_client_message(wire.StatsRequest()))
-        return await waiter
+        stats: EngineStats = await self._read(wire.StatsRequest())
+        return stats
+
+    async def view(self) -> EngineView:
+        """Who holds which block of the engine.
+
+        Raises:
+            EngineDeadError: The engine ended or can't be reached.
+        """
+        view: EngineView = await self._read(wire.ViewRequest())
+        return view
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes nothing new from now on, and waits for what runs; after `timeout_s` that ends with an `EngineDrainingError`."""
+        self._is_draining = True
+        end_s = asyncio.get_running_loop().time() + timeout_s
+        while self._streams:
+            left_s = end_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                break
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(next(iter(self._streams.values())).ended.wait(), left_s)
+        for request_id in list(self._streams):
+            if self._is_connected:
+                self._connection.send(wire.encode_client_message(wire.Abort(request_id)))
+            message = f"The server is ending, and the request did not finish within {timeout_s:g} s. Send it again."
+            self._end(request_id, EngineDrainingError(message))
 
     def fail(self, error: EngineDeadError) -> None:
         """Gives the engine up: everything that waits for it gets the error, now and from now on. The first call counts."""
@@ -201,7 +246,7 @@ class EngineClient:
         self._death = error
         for request_id in list(self._streams):
             self._end(request_id, EngineDeadError(str(error)))
-        self._fail_stats(error)
+        self._fail_readings(error)
 
     async def close(self) -> None:
         """Says goodbye, which aborts what is unfinished, and closes the connection. May be called twice."""
@@ -218,6 +263,8 @@ class EngineClient:
         while True:
             if self._death is not None:
                 raise EngineDeadError(str(self._death))
+            if self.is_draining:
+                raise EngineDrainingError("The server is ending: it finishes what runs and takes nothing new. Try again soon.")
             known = self._streams.get(request_id)
             if known is None:
                 break
@@ -233,9 +280,17 @@ class EngineClient:
             stream.updates.put_nowait(last)
             stream.ended.set()
 
-    def _fail_stats(self, error: EngineDeadError) -> None:
-        while self._stats_waiters:
-            waiter = self._stats_waiters.popleft()
+    async def _read(self, question: wire.StatsRequest | wire.ViewRequest) -> Any:
+        if not self.is_alive:
+            raise EngineDeadError(str(self._death or f"The engine at {self.address} is gone; another one is waited for."))
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._reading_waiters.append(waiter)
+        self._connection.send(wire.encode_client_message(question))
+        return await waiter
+
+    def _fail_readings(self, error: EngineDeadError) -> None:
+        while self._reading_waiters:
+            waiter = self._reading_waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(EngineDeadError(str(error)))
 
@@ -247,7 +302,7 @@ class EngineClient:
                 loss = await self._serve()
                 self._is_connected = False
                 self._connection.close(linger_ms=0)
-                self._fail_stats(loss)
+                self._fail_readings(loss)
                 if self._death is not None:
                     return
                 logger.warning("%s Waiting up to %g s for one to answer there.", loss, self._rejoin_timeout_s)
@@ -257,6 +312,7 @@ class EngineClient:
                     self.fail(EngineDeadError(f"{loss} {error}"))
                     return
                 self._is_connected = True
+                self._is_engine_draining = False
                 self._send_again()
         except Exception as error:  # Whatever it is, those who wait must hear of it.
             logger.exception("The connection to the engine at %s can't be kept.", self.address)
@@ -274,7 +330,7 @@ class EngineClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _rejoin(self) -> _Connection:
-        connection = _Connection(wire.parse_address(self.address))
+        connection = _Connection(wire.parse_address(self.address, has_key=self._key is not None), self._key)
         try:
             info = await _shake_hands(connection, self.client_id, self.address, self._rejoin_timeout_s)
             if info != self.model_info:
@@ -320,10 +376,12 @@ class EngineClient:
                     stream.updates.put_nowait(update)
         elif isinstance(message, wire.Refused):
             self._end(message.request_id, message.exception())
-        elif isinstance(message, wire.StatsReply):
-            waiter = self._stats_waiters.popleft() if self._stats_waiters else None
+        elif isinstance(message, (wire.StatsReply, wire.ViewReply)):
+            waiter = self._reading_waiters.popleft() if self._reading_waiters else None
             if waiter is not None and not waiter.done():
-                waiter.set_result(message.stats)
+                waiter.set_result(message.stats if isinstance(message, wire.StatsReply) else message.view)
+        elif isinstance(message, wire.Draining):
+            self._is_engine_draining = True
         elif isinstance(message, wire.Unknown):
             return EngineDeadError(
                 f"The engine at {self.address} does not know this client any more: it was restarted, or had no sign of "
@@ -363,7 +421,7 @@ async def _shake_hands(connection: _Connection, client_id: str, address: str, ti
             if loop.time() - answered_s >= timeout_s:
                 raise EngineDeadError(
                     f"No answer from an engine at {address} within {timeout_s:g} s. "
-                    f"Is `cacheflow engine --listen {address}` running?"
+                    f"Is `cacheflow engine --listen {address}` running{connection.key_question}?"
                 ) from None
             if not is_silence_logged and loop.time() - answered_s >= min(SILENCE_LOG_S, timeout_s / 2):
                 is_silence_logged = True
@@ -389,7 +447,7 @@ async def _shake_hands(connection: _Connection, client_id: str, address: str, ti
 class _Connection:
     """A DEALER socket with a monitor. It speaks bytes."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, key: EngineKey | None) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ENGINE_MESSAGE_BYTES)
@@ -399,8 +457,16 @@ class _Connection:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.IPV6, "[" in endpoint)
+        self._has_key, self._is_tcp = key is not None, endpoint.startswith("tcp:")
+        if key is not None:
+            key.secure_client(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
+
+    @property
+    def key_question(self) -> str:
+        """What else may be wrong when nobody answers: an engine says nothing to who has another key than it, or none."""
+        return ", with a copy of this --engine-key" if self._has_key else ", without an --engine-key" if self._is_tcp else ""
 
     def send(self, data: bytes) -> None:
         """Sends, or queues until it can be sent; messages keep their order."""

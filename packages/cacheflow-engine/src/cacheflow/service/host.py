@@ -27,9 +27,12 @@ import msgspec
 import zmq
 
 from cacheflow.config import EngineConfig
-from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError, InvalidRequestError
+from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError, EngineOverloadedError, InvalidRequestError
 from cacheflow.service import wire
+from cacheflow.service.backlog import Backlog
 from cacheflow.service.journal import StepJournal, journal_path
+from cacheflow.service.keys import EngineKey
+from cacheflow.service.watchdog import Watchdog
 from cacheflow.types import EngineStats, RequestUpdate
 
 if TYPE_CHECKING:
@@ -37,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_REQUESTS = 4096
-"""Requests that may wait for their first turn; more are refused until there is room."""
 MAX_MESSAGES_PER_STEP = 1024
 """So that a flood of messages can't keep the engine from its steps."""
 MAX_DEATHS = 2
@@ -50,6 +51,8 @@ SEND_QUEUE_LENGTH = 4096
 LOG_STATS_INTERVAL_S = 5.0
 TELL_LOAD_ERROR_S = 5.0
 """How long a supervised engine waits for its client to ask, so that it learns why loading failed."""
+DRAINING_RETRY_AFTER_S = 5.0
+"""When another engine may be there, where there is one to be."""
 END_AFTER_PARENT_S = 5.0
 """How long a supervised engine takes to end in order once its parent is gone."""
 
@@ -80,6 +83,8 @@ class Host:
         log_stats: Write a line of statistics every 5 seconds while there is work.
         log_requests: Write a line for every request.
         journal: Records each step's requests, and knows those of an earlier engine's last one.
+        backlog: Refuses what is too much; None: with the options' defaults.
+        watchdog: Ends the process when a step hangs; None: nobody does.
     """
 
     def __init__(
@@ -90,8 +95,14 @@ class Host:
         log_stats: bool = True,
         log_requests: bool = True,
         journal: StepJournal | None = None,
+        backlog: Backlog | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._core = core
+        self._backlog = backlog or Backlog(core, EngineConfig())
+        self._watchdog = watchdog or Watchdog(0.0)
+        self._drained_by_s = math.inf
+        self._is_draining = False
         self._socket = socket
         self._log_requests = log_requests
         self._clients: dict[bytes, _Client] = {}
@@ -103,22 +114,45 @@ class Host:
             core.on_step = journal.write
         self._stats_log = _StatsLog(core) if log_stats else None
 
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a client waits for anything."""
+        return self._core.has_unfinished
+
+    def drain(self, timeout_s: float) -> None:
+        """From the next step on new requests are refused; `run` returns once the others have ended, or after `timeout_s`.
+
+        A signal handler may call it.
+        """
+        self._drained_by_s = time.monotonic() + timeout_s
+
     def run(self) -> None:
-        """Serves until an exception ends it: `SystemExit` from a signal, or an error that the engine can't survive.
+        """Serves until it is drained, or an exception ends it: `SystemExit`, or an error that the engine can't survive.
 
         Raises:
             EngineDeadError: A worker is gone, or steps fail whatever is in them.
         """
-        while True:
+        while not (self._is_draining and (not self.has_unfinished or time.monotonic() > self._drained_by_s)):
             self.serve_once()
 
     def serve_once(self, timeout_s: float = 1.0) -> None:
         """Reads what there is to read, then runs one step if there is work; without work it waits for a message."""
         is_busy = self._core.has_unfinished
-        self._receive(0.0 if is_busy else timeout_s)
+        if not is_busy:
+            self._watchdog.rest()
+        if self._drained_by_s < math.inf and not self._is_draining:
+            self._is_draining = True
+            logger.info("The engine ends: it takes nothing new, and finishes what runs.")
+            for client in list(self._clients.values()):
+                self._send(client.identity, wire.encode_engine_message(wire.Draining()))
+        self._receive(0.0 if is_busy or self._is_draining else timeout_s)
         self._end_leases()
         if self._core.has_unfinished:
-            self._send_updates(self._step())
+            self._watchdog.renew()
+            started_s = time.monotonic()
+            updates = self._step()
+            self._backlog.note_step(time.monotonic() - started_s)
+            self._send_updates(updates)
         if self._stats_log is not None:
             self._stats_log.tick(is_busy)
 
@@ -206,6 +240,8 @@ class Host:
             self._abort(client, message)
         elif isinstance(message, wire.StatsRequest):
             self._send(identity, wire.encode_engine_message(wire.StatsReply(self._core.stats())))
+        elif isinstance(message, wire.ViewRequest):
+            self._send(identity, wire.encode_engine_message(wire.ViewReply(self._core.view())))
         elif isinstance(message, wire.Goodbye):
             self._drop(client, "said goodbye")
 
@@ -223,26 +259,31 @@ class Host:
             logger.debug("Client %s is here.", message.client_id)
         self._clients[identity].last_heard_s = time.monotonic()
         self._send(identity, self._welcome)
+        if self._is_draining:
+            self._send(identity, wire.encode_engine_message(wire.Draining()))
 
     def _submit(self, client: _Client, message: wire.Submit) -> None:
         refused: wire.Refused | None = None
         try:
             request = wire.unpack_request(message)
-            num_waiting = self._core.stats().num_waiting
             num_deaths = self._num_deaths.get((client.client_id, message.request_id), 0) if message.is_again else 0
             if num_deaths > MAX_DEATHS:
                 error = f"The engine died {num_deaths} times while it ran this request, the last time alone."
                 refused = wire.Refused(message.request_id, error)
-            elif num_waiting >= MAX_WAITING_REQUESTS and not message.is_again:
-                error = f"The engine is full: {num_waiting} requests wait already. Try again later."
-                refused = wire.Refused(message.request_id, error, retry_after_s=1.0)
+            elif self._is_draining and not message.is_again:
+                error = "The engine is ending: it finishes what runs and takes nothing new. Try again soon."
+                refused = wire.Refused(message.request_id, error, retry_after_s=DRAINING_RETRY_AFTER_S, is_draining=True)
             else:
+                if not message.is_again:
+                    self._backlog.check(request)
                 # The identity of a client is not the request's to say, and a time that is none would upset the order.
                 arrival_s = request.arrival_s if math.isfinite(request.arrival_s) else time.time()
                 request = replace(request, client_id=client.client_id, arrival_s=arrival_s)
                 self._core.add(request, is_alone=num_deaths == MAX_DEATHS)
         except InvalidRequestError as error:
             refused = wire.Refused(message.request_id, str(error), is_invalid=True, param=error.param)
+        except EngineOverloadedError as error:
+            refused = wire.Refused(message.request_id, str(error), retry_after_s=error.retry_after_s)
         except Exception as error:
             logger.exception("The request %s could not be added.", message.request_id)
             refused = wire.Refused(message.request_id, f"The engine failed: {type(error).__name__}: {error}")
@@ -340,19 +381,21 @@ class _StatsLog:
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """A ROUTER socket that listens on `address`; of a Unix socket only the owner may connect.
+def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey | None = None) -> zmq.Socket[bytes]:
+    """A ROUTER socket that listens on `address`; to a Unix socket only the owner may connect, beyond loopback who has the key.
 
     Raises:
-        ConfigError: The address is not one, is not this machine's, or is taken.
+        ConfigError: The address is not one, is off this machine without a key, or is taken.
     """
-    endpoint = wire.parse_address(address)
+    endpoint = wire.parse_address(address, has_key=key is not None)
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_CLIENT_MESSAGE_BYTES)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_LENGTH)
     socket.setsockopt(zmq.LINGER, 1000)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)
+    if key is not None:
+        key.secure_engine(socket)
     mask = os.umask(0o077)
     try:
         if endpoint.startswith("ipc://"):
@@ -382,37 +425,56 @@ def _is_listening(path: str) -> bool:
         return True
 
 
-def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) -> None:
+def serve(
+    config: EngineConfig,
+    address: str,
+    *,
+    is_supervised: bool = False,
+    key_file: str | None = None,
+    drain_timeout_s: float = 0.0,
+) -> None:
     """Loads an engine and serves it, in the main thread, until SIGTERM or SIGINT.
 
     Args:
         config: Of the engine.
-        address: Where to listen: `ipc:///path`, a path, or `tcp://127.0.0.1:port`.
+        address: Where to listen: `ipc:///path`, a path, or `tcp://host:port`.
         is_supervised: One client is sure to come, and is told of an error in loading before the process ends.
+        key_file: Of the key that clients over TCP must have; made if it is missing.
+        drain_timeout_s: How long running requests may go on after the first signal; a second one ends at once.
 
     Raises:
         CacheflowError: The address or the model can't be used.
         EngineDeadError: The engine can't go on.
         SystemExit: A signal came.
     """
-    _end_on_signals()
+    ending = _Ending(drain_timeout_s)
+    key = None
+    if key_file is not None:
+        wire.parse_address(address, has_key=True)
+        EngineKey.make(key_file)
+        key = EngineKey.read(key_file)
     with contextlib.ExitStack() as cleanup:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         cleanup.callback(context.term)
-        socket = bind(context, address)
+        if key is not None:
+            cleanup.callback(key.admit_clients(context).stop)
+        socket = bind(context, address, key)
+        endpoint = wire.parse_address(address, has_key=key is not None)
         cleanup.callback(socket.close)
-        cleanup.callback(_remove_socket_file, wire.parse_address(address))
+        cleanup.callback(_remove_socket_file, endpoint)
         reception = _Reception(socket)
         try:
             core = _load(config)
             cleanup.callback(core.close)
-            journal = StepJournal(journal_path(wire.parse_address(address)))
+            journal = StepJournal(journal_path(endpoint))
             host = Host(
                 core,
                 socket,
                 log_stats=not config.disable_log_stats,
                 log_requests=not config.disable_log_requests,
                 journal=journal,
+                backlog=Backlog(core, config),
+                watchdog=Watchdog(config.step_timeout),
             )
         except Exception as error:
             reception.close()
@@ -422,11 +484,13 @@ def serve(config: EngineConfig, address: str, *, is_supervised: bool = False) ->
             reception.close()
         logger.info("Serving %s at %s.", core.info.model, socket.getsockopt_string(zmq.LAST_ENDPOINT))
         host.greet(reception.identities)
+        ending.host = host
         try:
             host.run()
         except SystemExit:
             journal.close()
             raise
+        journal.close()
 
 
 def _remove_socket_file(endpoint: str) -> None:
@@ -490,15 +554,26 @@ class _Reception:
             self._socket.send_multipart((identity, wire.encode_engine_message(message)), zmq.NOBLOCK)
 
 
-def _end_on_signals() -> None:
-    def end(number: int, frame: FrameType | None) -> None:
-        # A second signal ends the process where it stands.
+class _Ending:
+    """What SIGTERM and SIGINT do.
+
+    The first lets running requests finish, if there is time for that; the next ends in order, one more ends it where it stands.
+    """
+
+    def __init__(self, drain_timeout_s: float) -> None:
+        self.host: Host | None = None
+        self._drain_timeout_s = drain_timeout_s
+        signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGINT, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        host, timeout_s, self._drain_timeout_s = self.host, self._drain_timeout_s, 0.0
+        if host is not None and host.has_unfinished and timeout_s > 0:
+            host.drain(timeout_s)
+            return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise SystemExit(0)
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
 
 
 class Startup(msgspec.Struct, frozen=True):

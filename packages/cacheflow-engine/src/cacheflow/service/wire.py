@@ -22,6 +22,7 @@ from cacheflow.errors import (
     CheckpointError,
     ConfigError,
     EngineDeadError,
+    EngineDrainingError,
     EngineOverloadedError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -30,7 +31,7 @@ from cacheflow.errors import (
     RequestFailedError,
     UnsupportedModelError,
 )
-from cacheflow.types import EngineRequest, EngineStats, ModelInfo, RequestUpdate
+from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate
 
 PROTOCOL_VERSION = 1
 """Raised by every change that the other side would misread. `Hello` and `Rejected` keep their form for ever."""
@@ -93,6 +94,10 @@ class StatsRequest(msgspec.Struct, tag=True, frozen=True):
     """Asks for a `StatsReply`."""
 
 
+class ViewRequest(msgspec.Struct, tag=True, frozen=True):
+    """Asks for a `ViewReply`."""
+
+
 class Ping(msgspec.Struct, tag=True, frozen=True):
     """Renews the client's lease."""
 
@@ -101,7 +106,7 @@ class Goodbye(msgspec.Struct, tag=True, frozen=True):
     """The client leaves; its unfinished requests are aborted."""
 
 
-ClientMessage: TypeAlias = Hello | Submit | Abort | StatsRequest | Ping | Goodbye
+ClientMessage: TypeAlias = Hello | Submit | Abort | StatsRequest | ViewRequest | Ping | Goodbye
 
 
 # --- engine → client ------------------------------------------------------------------------------------------------
@@ -159,6 +164,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
         is_invalid: It is the request's own fault.
         param: The field at fault, or None.
         retry_after_s: The engine has no room; when it is worth trying again, in seconds. None: for another reason.
+        is_draining: It has none because it is ending.
     """
 
     request_id: str
@@ -166,27 +172,41 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     is_invalid: bool = False
     param: str | None = None
     retry_after_s: float | None = None
+    is_draining: bool = False
 
     def exception(self) -> CacheflowError:
         """The error that the request's caller gets."""
         if self.is_invalid:
             return InvalidRequestError(self.error, param=self.param)
         if self.retry_after_s is not None:
-            return EngineOverloadedError(self.error, retry_after_s=self.retry_after_s)
+            kind = EngineDrainingError if self.is_draining else EngineOverloadedError
+            return kind(self.error, retry_after_s=self.retry_after_s)
         return RequestFailedError(self.error)
 
 
 class StatsReply(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a `StatsRequest`, in the order of asking."""
+    """The answer to a `StatsRequest`."""
 
     stats: EngineStats
+
+
+class ViewReply(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a `ViewRequest`; this and `StatsReply` come in the order of asking."""
+
+    view: EngineView
+
+
+class Draining(msgspec.Struct, tag=True, frozen=True):
+    """The engine is ending: it finishes what runs, within some time, and takes nothing new."""
 
 
 class Unknown(msgspec.Struct, tag=True, frozen=True):
     """Said to whom the engine does not know: it has been restarted, or the client's lease ran out. Time for a `Hello`."""
 
 
-EngineMessage: TypeAlias = Loading | LoadFailed | Rejected | Welcome | Updates | Refused | StatsReply | Unknown
+EngineMessage: TypeAlias = (
+    Loading | LoadFailed | Rejected | Welcome | Updates | Refused | StatsReply | ViewReply | Draining | Unknown
+)
 
 _LOAD_ERRORS: dict[str, type[CacheflowError]] = {
     error.__name__: error
@@ -313,14 +333,20 @@ def _check_plain(value: Any, path: str, depth: int = 0) -> None:
 # --- addresses ------------------------------------------------------------------------------------------------------
 
 
-def parse_address(address: str) -> str:
+def parse_address(address: str, *, has_key: bool = False) -> str:
     """A ZeroMQ endpoint from what a user wrote: `ipc:///path`, `/path`, `tcp://host:port` or `host:port`.
 
+    Args:
+        address: It.
+        has_key: Both sides have an engine key, so that TCP may leave this machine.
+
     Raises:
-        ConfigError: It is none of these, the path is too long, or the host is not this machine.
+        ConfigError: It is none of these, the path is too long, or the host is not this machine and there is no key.
     """
     if address.startswith("tcp://") or (":" in address and "/" not in address):
-        return _tcp_endpoint(address)
+        return _tcp_endpoint(address, has_key)
+    if has_key:
+        raise ConfigError(f"--engine-key is for TCP; {address} is a Unix socket, which its folder guards. Leave it out.")
     path = address.removeprefix("ipc://")
     if not path.startswith("/"):
         raise ConfigError(f"{address!r} is no address. Give ipc:///path/to/socket or tcp://127.0.0.1:port.")
@@ -330,7 +356,7 @@ def parse_address(address: str) -> str:
     return f"ipc://{path}"
 
 
-def _tcp_endpoint(address: str) -> str:
+def _tcp_endpoint(address: str, has_key: bool) -> str:
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{address!r} is no address. Give tcp://127.0.0.1:port, with a port from 0 to 65535.")
@@ -339,9 +365,9 @@ def _tcp_endpoint(address: str) -> str:
         is_loopback = name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         is_loopback = False
-    if not is_loopback:
+    if not is_loopback and not has_key:
         raise ConfigError(
             f"{address} is not on this machine's loopback interface. TCP connections to the engine are neither encrypted nor "
-            f"authenticated, so it takes 127.0.0.1, ::1 and localhost only. For another machine use a tunnel, such as ssh -L."
+            f"authenticated without a key: give --engine-key FILE on both sides, or use 127.0.0.1, ::1 or localhost."
         )
     return f"tcp://{'127.0.0.1' if name == 'localhost' else host}:{port}"

@@ -89,6 +89,7 @@ class RequestAssembler:
             finished=self.finished,
             prompt_logprobs=self._prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=sum(sequence.num_tokens for sequence in self._sequences),
             error=self._error,
         )
 

@@ -10,9 +10,10 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cacheflow.errors import InvalidRequestError
+from cacheflow.text.structure import check_structure
 from cacheflow.types import EngineRequest, ModelInfo, SamplingParams
 
 if TYPE_CHECKING:
@@ -56,15 +57,10 @@ def make_request(
         InvalidRequestError: The request can't be served by this model; `param` names the field.
     """
     params = params or SamplingParams()
-    for name, value in (("request_id", request_id), ("cache_salt", cache_salt), ("client_id", client_id)):
-        _check_name(name, value)
-    if not request_id:
-        raise InvalidRequestError("request_id must not be empty.", param="request_id")
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
-        raise InvalidRequestError(
-            f"priority must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}.", param="priority"
-        )
+    _check_names(request_id, cache_salt, client_id, priority)
     token_ids = _prompt_tokens(info, tokenizer, prompt, prompt_token_ids)
+    if params.structured is not None:
+        check_structure(params.structured)
     return EngineRequest(
         request_id=request_id,
         client_id=client_id,
@@ -74,6 +70,50 @@ def make_request(
         priority=priority,
         cache_salt=cache_salt,
     )
+
+
+def make_embed_request(
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    prompt: str | None,
+    prompt_token_ids: list[int] | None,
+    request_id: str,
+    *,
+    pooling: Literal["mean", "last"] = "mean",
+    priority: int = 0,
+    cache_salt: str = "",
+    client_id: str = "",
+) -> EngineRequest:
+    """Like `make_request`, for a vector instead of a text. The prompt may fill the whole context.
+
+    Raises:
+        InvalidRequestError: The request can't be served by this model; `param` names the field.
+    """
+    _check_names(request_id, cache_salt, client_id, priority)
+    if pooling not in ("mean", "last"):
+        raise InvalidRequestError(f'pooling must be "mean" or "last", got {pooling!r}.', param="pooling")
+    return EngineRequest(
+        request_id=request_id,
+        client_id=client_id,
+        prompt_token_ids=_prompt_tokens(info, tokenizer, prompt, prompt_token_ids, num_output_tokens=0),
+        params=SamplingParams(max_tokens=1, seed=0),
+        arrival_s=time.time(),
+        priority=priority,
+        cache_salt=cache_salt,
+        task="embed",
+        pooling=pooling,
+    )
+
+
+def _check_names(request_id: str, cache_salt: str, client_id: str, priority: int) -> None:
+    for name, value in (("request_id", request_id), ("cache_salt", cache_salt), ("client_id", client_id)):
+        _check_name(name, value)
+    if not request_id:
+        raise InvalidRequestError("request_id must not be empty.", param="request_id")
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}.", param="priority"
+        )
 
 
 def _check_name(name: str, value: str) -> None:
@@ -91,19 +131,26 @@ def _check_text(name: str, value: str) -> None:
         ) from error
 
 
-def _prompt_tokens(info: ModelInfo, tokenizer: Tokenizer, prompt: str | None, prompt_token_ids: list[int] | None) -> list[int]:
+def _prompt_tokens(
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    prompt: str | None,
+    prompt_token_ids: list[int] | None,
+    num_output_tokens: int = 1,
+) -> list[int]:
+    max_tokens = info.max_model_len - num_output_tokens
     if prompt_token_ids is not None:
         token_ids = list(prompt_token_ids)
-        _check_length(info, len(token_ids))
+        _check_length(info, len(token_ids), max_tokens)
         _check_token_ids("prompt", token_ids, info.vocab_size)
     elif isinstance(prompt, str):
         _check_text("prompt", prompt)
         # Tokenising takes seconds for megabytes, so a text that can't fit is refused by its bytes.
         num_bytes = len(prompt.encode())
-        if num_bytes >= info.max_model_len:
-            _check_length(info, tokenizer.min_tokens(prompt), f" {num_bytes} bytes, which are at least")
+        if num_bytes > max_tokens:
+            _check_length(info, tokenizer.min_tokens(prompt), max_tokens, f" {num_bytes} bytes, which are at least")
         token_ids = tokenizer.encode(prompt) if prompt else []
-        _check_length(info, len(token_ids))
+        _check_length(info, len(token_ids), max_tokens)
     else:
         raise InvalidRequestError(f"A prompt must be text or a list of token ids, got {type(prompt).__name__}.", param="prompt")
     if not token_ids:
@@ -111,11 +158,12 @@ def _prompt_tokens(info: ModelInfo, tokenizer: Tokenizer, prompt: str | None, pr
     return token_ids
 
 
-def _check_length(info: ModelInfo, num_tokens: int, qualifier: str = "") -> None:
-    if num_tokens > info.max_model_len - 1:
+def _check_length(info: ModelInfo, num_tokens: int, max_tokens: int, qualifier: str = "") -> None:
+    if num_tokens > max_tokens:
+        rest = ", of which one is left for the output" if max_tokens < info.max_model_len else ""
         raise InvalidRequestError(
-            f"The prompt has{qualifier} {num_tokens} tokens; {info.model} takes at most {info.max_model_len - 1} "
-            f"(a context of {info.max_model_len}, of which one is left for the output). Shorten the prompt.",
+            f"The prompt has{qualifier} {num_tokens} tokens; {info.model} takes at most {max_tokens} "
+            f"(a context of {info.max_model_len}{rest}). Shorten the prompt.",
             param="prompt",
         )
 

@@ -51,6 +51,11 @@ class SequenceAssembler:
         self._released = _Boundary(0, 0, 0.0)
         self._held: deque[_Boundary] = deque()
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have come, those held back among them."""
+        return len(self._token_ids)
+
     def extend(self, update: SequenceUpdate) -> None:
         """Takes what one step added; nothing once the sequence has finished."""
         if self.finish_reason is not None:

@@ -58,6 +58,11 @@ class Tokenizer:
         """The ids that end a text."""
         return self.data.eos_token_ids
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that steer the model rather than being text."""
+        return self._special_ids
+
     @cached_property
     def vocab_size(self) -> int:
         """Token ids are below it: the tokenizer's, or the model's where that is larger."""

@@ -52,6 +52,7 @@ class ModelInput:
         row_of_spec: For each, its place in `logits_rows`.
         spec_owner: For each, its sequence's place in the step.
         scored: What prompt log probabilities are wanted of.
+        pooled: Sequences whose hidden states are wanted: place in the step, first row, row behind the last.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +63,7 @@ class ModelInput:
     row_of_spec: tuple[int, ...]
     spec_owner: tuple[int, ...]
     scored: tuple[ScoredRows, ...]
+    pooled: tuple[tuple[int, int, int], ...]
 
 
 def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput:
@@ -99,6 +101,12 @@ def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput
         for i, s in enumerate(sequences)
         if s.num_prompt_logprobs is not None
     )
+    ends = query_start_loc[1:].tolist()
+    pooled = tuple(
+        (int(order[i]), ends[i] - (1 if s.pooling == "last" else len(s.token_ids)), ends[i])
+        for i, s in enumerate(sequences)
+        if s.pooling is not None
+    )
 
     def tensor(values: NDArray[np.int64], dtype: type[np.integer] = np.int64) -> torch.Tensor:
         return torch.from_numpy(values.astype(dtype, copy=False)).to(device)
@@ -120,6 +128,7 @@ def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput
         row_of_spec=tuple(row_of_spec),
         spec_owner=tuple(spec_owner),
         scored=scored,
+        pooled=pooled,
     )
 
 

@@ -28,6 +28,10 @@ class TokenizerContext:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self._data, self.vocab_size)
 
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that steer the model rather than being text."""
+        return self._tokenizer.special_ids
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return self._tokenizer.encode(text, add_bos=False)

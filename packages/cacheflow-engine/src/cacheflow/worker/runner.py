@@ -21,6 +21,7 @@ from cacheflow.loading.dtype import choose_dtype
 from cacheflow.loading.model import load_model
 from cacheflow.loading.resolve import resolve_model, tokenizer_data
 from cacheflow.plugins import select_plugin
+from cacheflow.profile import Spans, TimedOps, no_span
 from cacheflow.sampling.logprobs import score_tokens
 from cacheflow.sampling.sampler import Sampler
 from cacheflow.types import ModelInfo
@@ -57,7 +58,10 @@ class Runner:
         files = resolve_model(config)
         dtype = choose_dtype(config.dtype, files.hf_config, device)
         ops: Any = select_plugin("cacheflow.op_providers", config.op_provider, OpSpec(dtype=dtype, device=device))[1]
-        loaded = load_model(files, dtype, device, ops(OpSpec(dtype=dtype, device=device)))
+        self._spans = Spans() if config.profile or config.trace is not None else None
+        provider: Any = ops(OpSpec(dtype=dtype, device=device))
+        timed = provider if self._spans is None else TimedOps(provider, self._spans)
+        loaded = load_model(files, dtype, device, timed, quantization=config.quantization)
         max_model_len = choose_max_model_len(config.max_model_len, loaded.spec)
         tokenizer = tokenizer_data(files, config)
         kv_spec = KVCacheSpec(
@@ -76,7 +80,11 @@ class Runner:
         self._model: Architecture = loaded.model
         self._spec = loaded.spec
         self._backend: AttentionBackend = backend(kv_spec)
-        self._sampler = Sampler(TokenizerContext(tokenizer, loaded.spec.vocab_size))
+        self._span = no_span if self._spans is None else self._spans.span
+        attention = self._backend.forward
+        self._attend = attention if self._spans is None else self._spans.timed("forward: attention", attention)
+        context = TokenizerContext(tokenizer, loaded.spec.vocab_size)
+        self._sampler = Sampler(context, getattr(provider, "row_maxima", None))
         num_blocks = self._plan_blocks(config, max_model_len, dtype)
         shape = self._backend.kv_shape(num_blocks)
         self._kv = [_zeros(shape, dtype, device) for _ in loaded.spec.attention]
@@ -99,24 +107,31 @@ class Runner:
         """Copies blocks, computes the step's tokens, scores and samples."""
         self._sampler.forget(step.finished_requests)
         if step.copies:
-            self._backend.copy_blocks(self._kv, step.copies)
+            with self._span("copy blocks"):
+                self._backend.copy_blocks(self._kv, step.copies)
         samples: list[list[Sample]] = [[] for _ in step.sequences]
         prompt_logprobs: list[list[Logprobs] | None] = [None] * len(step.sequences)
         if not step.sequences:
             return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs)
-        batch = build_input(step, self._block_size, self._device)
-        hidden = self._forward(batch)
+        with self._span("input"):
+            batch = build_input(step, self._block_size, self._device)
+        with self._span("forward"):
+            hidden = self._forward(batch)
         for part in batch.scored:
             rows = hidden[part.start : part.start + len(part.token_ids)]
             prompt_logprobs[part.index] = score_tokens(
                 self._model.logits, rows, part.token_ids, self._spec.vocab_size, part.count
             )
         if batch.specs:
-            logits = self._model.logits(hidden[batch.logits_rows])
-            chosen = self._sampler.sample(logits, batch.row_of_spec, batch.specs)
-            for owner, sample in zip(batch.spec_owner, chosen, strict=True):
-                samples[owner].append(sample)
-        return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs)
+            with self._span("logits"):
+                logits = self._model.logits(hidden[batch.logits_rows])
+            with self._span("sample"):
+                chosen = self._sampler.sample(logits, batch.row_of_spec, batch.specs)
+                for owner, sample in zip(batch.spec_owner, chosen, strict=True):
+                    samples[owner].append(sample)
+        pooled = {index: hidden[start:end].double().sum(dim=0).tolist() for index, start, end in batch.pooled}
+        spans = () if self._spans is None else self._spans.take()
+        return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs, pooled=pooled, spans=spans)
 
     def check(self) -> None:
         """Raises `EngineDeadError` if the device does not answer any more: a fault of CUDA stays until the process ends."""
@@ -129,11 +144,11 @@ class Runner:
     def _forward(self, batch: ModelInput) -> torch.Tensor:
         """Hidden states of all rows, `[num_tokens, hidden_size]`."""
         plan = self._backend.plan(batch.attention)
-        layers, head_size = self._spec.attention, self._spec.head_size
+        layers, head_size, num_tokens = self._spec.attention, self._spec.head_size, len(batch.input_ids)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            q, k, v = (x.unflatten(-1, (-1, head_size)) for x in (q, k, v))
-            return self._backend.forward(layers[layer], q, k, v, self._kv[layer], plan).flatten(1)
+            q, k, v = q.view(num_tokens, -1, head_size), k.view(num_tokens, -1, head_size), v.view(num_tokens, -1, head_size)
+            return self._attend(layers[layer], q, k, v, self._kv[layer], plan).view(num_tokens, -1)
 
         return self._model.forward(self._model.embed(batch.input_ids), batch.positions, attend)
 

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t MIN_PARALLEL_BYTES = 1 << 18;  // estimated, not measured: below, one core is done before the others start
+// One thread took 4.6 us for 64 KiB and two 5.2; for 128 KiB it was 6.9 and 5.7 us, for 512 KiB 24.2 and 13.8.
+constexpr int64_t MIN_PARALLEL_BYTES = 1 << 17;
 
 }  // namespace
 

@@ -1,7 +1,8 @@
 // Packed matrix products: x [rows][in_features] times a Linear, with bias and gated activation, on all cores.
 //
-// The activations are copied once, into tiles interleaved by k. Then threads share out the panels, and each panel meets every
-// tile while it is in its core's cache. Grouped integers are dequantised into that cache, a panel at a time.
+// The activations are copied once, in the type that is multiplied, unless they are few and have it. Then threads share out the
+// panels, and each panel meets every tile of rows while it is in its core's cache. Grouped integers are dequantised into that
+// cache, a panel at a time.
 #include "linear.h"
 
 #include <cstdlib>
@@ -33,7 +34,7 @@ private:
     int64_t size_ = 0;
 };
 
-thread_local Scratch tile_scratch, scale_scratch, own_scratch;
+thread_local Scratch row_scratch, scale_scratch, own_scratch;
 
 // One product: what it reads and writes, and how it is cut.
 struct Product {
@@ -46,10 +47,11 @@ struct Product {
     const Tile* tiles = nullptr;  // by the rows of a tile, less one; null: the matrix unit multiplies
     int64_t tile_rows = 0;        // of the highest tile
     int64_t num_tiles = 0;
-    int64_t items = 0;            // 4-byte items of a row of a tile, which end with zeros where k does not fill them
+    int64_t items = 0;            // 4-byte items of a row, which end with zeros where k does not fill them
+    int64_t stride = 0;           // of rows, in items
     int64_t steps = 0;            // of a tile's function
     int64_t panel_bytes = 0;      // of the weight as it is packed
-    int32_t* activations = nullptr;
+    const int32_t* activations = nullptr;
     float* row_scales = nullptr;
 
     bool is_grouped() const { return l.form == GROUPED_INT8 || l.form == GROUPED_INT4; }
@@ -68,44 +70,35 @@ struct Product {
         return has_two ? amx::tile<false, true> : amx::tile<false, false>;
     }
 
-    // A row of x in the tiles' type.
-    const void* row_items(const char* row, char* memory, float* scale) const {
-        const int64_t k = l.in_features, row_bytes = k * (l.is_bfloat16 ? 2 : 4);
-        const bool is_ready = takes_bfloat16() || (!l.is_bfloat16 && l.form != DYNAMIC_INT8);
-        if (is_ready && row_bytes == items * 4) return row;
-        if (is_ready) {
-            memcpy(memory, row, row_bytes);
-            memset(memory + row_bytes, 0, items * 4 - row_bytes);
-            return memory;
-        }
-        const float* wide = (const float*)row;
-        if (l.is_bfloat16) {
-            kernels.widen_row(row, k, (float*)memory);
-            wide = (const float*)memory;
-        }
-        if (l.form == DYNAMIC_INT8) {
-            uint8_t* bytes = (uint8_t*)memory + k * 4;
-            *scale = kernels.quantise_row(wide, k, bytes);
-            memset(bytes + k, 0, items * 4 - k);
-            return bytes;
-        }
-        memset(memory + k * 4, 0, (items - k) * 4);
-        return memory;
+    // Whether x has the type that is multiplied.
+    bool is_ready() const { return takes_bfloat16() || (!l.is_bfloat16 && l.form != DYNAMIC_INT8); }
+
+    // Whether x can be read where it lies: one tile, which needs no padding.
+    bool is_in_place() const {
+        return num_tiles == 1 && is_ready() && l.in_features * (l.is_bfloat16 ? 2 : 4) == items * 4 && stride_bytes % 4 == 0 &&
+               (tiles || rows <= amx::UNIT_ROWS);
     }
 
-    void make_tile(int64_t i) const {
-        const int64_t start = tile_start(i), height = tile_start(i + 1) - start;
-        char* memory = own_scratch.get((items + l.in_features) * 4);
-        for (int64_t row = start; row < start + height; row++) {
-            const int32_t* from = (const int32_t*)row_items(x + row * stride_bytes, memory, row_scales + row);
-            if (!tiles) {
-                memcpy(activations + row * items, from, items * 4);
-                continue;
-            }
-            int32_t* to = activations + start * items + (row - start);
-            for (int64_t item = 0; item < items; item++) memcpy(to + item * height, from + item, 4);
+    void copy_row(int64_t row, int32_t* activations) const {
+        const int64_t k = l.in_features, row_bytes = k * (l.is_bfloat16 ? 2 : 4);
+        const char* from = x + row * stride_bytes;
+        char* to = (char*)(activations + row * stride);
+        int64_t written = row_bytes;
+        if (is_ready()) {
+            memcpy(to, from, row_bytes);
+        } else if (l.form == DYNAMIC_INT8) {
+            float* wide = (float*)own_scratch.get(k * 4);
+            if (l.is_bfloat16)
+                kernels.widen_row(from, k, wide);
+            else
+                memcpy(wide, from, k * 4);
+            row_scales[row] = kernels.quantise_row(wide, k, (uint8_t*)to);
+            written = k;
+        } else {
+            kernels.widen_row(from, k, (float*)to);
+            written = k * 4;
         }
-        if (!tiles && i == num_tiles - 1) memset(activations + rows * items, 0, (padded_rows() - rows) * items * 4);
+        memset(to + written, 0, items * 4 - written);
     }
 
     void multiply_panel(int64_t p) const {
@@ -121,7 +114,7 @@ struct Product {
         const int64_t next_step = panel_bytes / (num_tiles * steps);
         for (int64_t i = 0; i < num_tiles; i++) {
             const int64_t start = tile_start(i), height = tile_start(i + 1) - start;
-            tile_of(height)(activations + start * items, panel, steps, c, next + panel_bytes * i / num_tiles, next_step);
+            tile_of(height)(activations + start * stride, stride, panel, steps, c, next + panel_bytes * i / num_tiles, next_step);
             if (l.form == DYNAMIC_INT8) kernels.scale(l, p, height, row_scales + start, c);
             kernels.finish(l, p, height, c, out + start * l.out_features * (l.is_bfloat16 ? 2 : 4));
         }
@@ -173,17 +166,28 @@ extern "C" void cf_linear(
         product.tile_rows = amx::TILE_ROWS;
     }
     product.num_tiles = (rows + product.tile_rows - 1) / product.tile_rows;
-    product.activations = (int32_t*)tile_scratch.get(product.padded_rows() * product.items * 4);
     product.row_scales = (float*)scale_scratch.get(rows * 4);
+    int32_t* copy = nullptr;
+    if (product.is_in_place()) {
+        product.activations = (const int32_t*)x;
+        product.stride = product.stride_bytes / 4;
+    } else {
+        // An odd number of cache lines, or rows would lie in the same set of the cache where k is a power of two.
+        product.stride = (product.items / 16 | 1) * 16;
+        copy = (int32_t*)row_scratch.get(product.padded_rows() * product.stride * 4);
+        product.activations = copy;
+        memset(copy + rows * product.stride, 0, (product.padded_rows() - rows) * product.stride * 4);
+    }
     // Below that, starting the other threads takes longer than they save.
     const bool is_large = rows * k * l.num_panels * PANEL >= 1 << 17;
-    // A single tile is made sooner than threads can wait for each other.
-    if (product.num_tiles == 1) product.make_tile(0);
+    // A single tile's rows are copied sooner than threads can wait for each other.
+    if (copy && product.num_tiles == 1)
+        for (int64_t row = 0; row < rows; row++) product.copy_row(row, copy);
 #pragma omp parallel num_threads(is_large ? (int)num_threads : 1)
     {
         if (product.num_tiles > 1) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < product.num_tiles; i++) product.make_tile(i);
+            for (int64_t row = 0; row < rows; row++) product.copy_row(row, copy);
         }
         if (!product.tiles) amx::begin(rows);
 #pragma omp for schedule(static) nowait

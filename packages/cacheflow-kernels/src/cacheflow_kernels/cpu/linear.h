@@ -7,7 +7,8 @@ constexpr int PANEL = 32;
 constexpr int MAX_TILE_ROWS = 12;
 
 // How a panel lies in memory: in 4-byte items, of which each is a column's float32, pair of k in bfloat16, or four k in bytes.
-// GROUPED_INT8 is bytes, [k][32]; GROUPED_INT4 has two k in a byte, the even one in the low bits and both 8 too large.
+// GROUPED_INT8 is bytes, [k][32]; GROUPED_INT4 has two k in a byte, the even one in the low bits, each from 0 to 15.
+// DYNAMIC_INT8 is of weights that were turned as quantise_row turns activations: see reference.py, rotate_blocks.
 enum Form : int32_t { PLAIN_FLOAT32 = 0, PLAIN_BFLOAT16 = 1, GROUPED_INT8 = 2, GROUPED_INT4 = 3, DYNAMIC_INT8 = 4 };
 
 // Items of k numbers of which each item holds so many: padded with zeros to a multiple of 16, which fits every level.
@@ -15,7 +16,8 @@ static inline int64_t padded_items(int64_t k, int64_t numbers) { return (k + 16 
 
 struct Linear {
     const void* weight;    // [num_panels] panels
-    const void* scales;    // grouped: [num_panels][groups of padded k][32] bfloat16; DYNAMIC_INT8: [num_panels][32] float32
+    const void* scales;    // grouped: [num_panels][groups of padded k][32] float16; DYNAMIC_INT8: [num_panels][32] float32
+    const void* minimums;  // GROUPED_INT4: like scales, what a 0 stands for
     const int32_t* sums;   // DYNAMIC_INT8: [num_panels][32], each column's sum over k
     const float* bias;     // [num_panels][32], or null
     int64_t num_panels;
@@ -27,10 +29,11 @@ struct Linear {
     int32_t is_gated;      // a panel holds 16 gates and the 16 ups that belong to them; the result is silu(gate) * up
 };
 
-// The product of a tile, which is a few rows of activations interleaved by k, and a panel, into c [rows][32]. Products are added
-// in the order of k, whatever the number of rows, so that a row's result does not depend on the others. Meanwhile the tile
-// fetches its share of the next panel: it begins at `next`, and a step's part is next_step bytes.
-using Tile = void (*)(const void* tile, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step);
+// The product of a few rows of activations, `stride` 4-byte items apart, and a panel, into c [rows][32]. Products are added in
+// the order of k, whatever the number of rows, so that a row's result does not depend on the others. Meanwhile the tile fetches
+// its share of the next panel: it begins at `next`, and a step's part is next_step bytes.
+using Tile =
+    void (*)(const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step);
 
 // One level's versions. A tile's function is found by its rows, less one.
 struct LinearKernels {
@@ -40,7 +43,7 @@ struct LinearKernels {
     void (*unpack_to_float32[2])(const Linear&, int64_t panel, void* out);  // of bytes, of 4 bits
     void (*unpack_to_bfloat16[2])(const Linear&, int64_t panel, void* out);
     void (*widen_row)(const void* x, int64_t size, float* out);
-    float (*quantise_row)(const float* x, int64_t size, uint8_t* out);
+    float (*quantise_row)(float* x, int64_t size, uint8_t* out);
     void (*scale)(const Linear&, int64_t panel, int64_t rows, const float* row_scales, float* c);
     void (*finish)(const Linear&, int64_t panel, int64_t rows, float* c, void* out);
     int64_t tile_rows;           // of the highest tile whose sums fit the registers

@@ -29,6 +29,7 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("minimums", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("num_panels", ctypes.c_int64),
@@ -46,33 +47,41 @@ def supports(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return library.check_cpu(device) + (() if dtype in DTYPES else (f"{dtype} is neither float32 nor bfloat16",))
 
 
-def linear(weight: Tensor, bias: Tensor | None, form: str, group_size: int, is_gated: bool) -> Callable[[Tensor], Tensor]:
-    """As `ops.linear`. Only the packed weight is kept, and the result is called from any thread."""
-    dtype = weight.dtype
+def linear(
+    weight: Tensor, bias: Tensor | None, form: str, group_size: int, is_gated: bool, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """As `ops.linear`. Only the packed weight is kept, and the result is called from any thread.
+
+    `dtype` is that of activations and results; None: the weight's. A plain weight has it too.
+    """
+    dtype = dtype or weight.dtype
+    assert form != "plain" or weight.dtype == dtype, f"a plain weight of {weight.dtype} for {dtype} activations"
     num_rows, in_features = weight.shape
     out_features = num_rows // 2 if is_gated else num_rows
     scales: Tensor | None = None
+    minimums: Tensor | None = None
     sums: Tensor | None = None
     if form == "plain":
         code = _PLAIN_FORMS[dtype]
         packed = _interleave(_panels(weight, is_gated), 1 if dtype == torch.float32 else 2)
     elif form == "int8_dynamic":
         code = _INT8_DYNAMIC
-        whole, row_scales = reference.quantise_rows(weight)
+        whole, row_scales = reference.quantise_rows(reference.rotate_blocks(weight))
         scales = _panels(row_scales, is_gated)
         sums = _panels(whole.sum(dim=1, dtype=torch.int32), is_gated)
         packed = _interleave(_panels(whole, is_gated), 4)
     else:
         code = _INT8 if form == "int8" else _INT4
-        whole, group_scales = reference.quantise_groups(weight, 8 if form == "int8" else 4, group_size)
+        whole, group_scales, group_minimums = reference.quantise_groups(weight, 8 if form == "int8" else 4, group_size)
         packed = _padded(_panels(whole, is_gated), 2, 2 * _ITEMS).transpose(1, 2).contiguous()
         num_groups = -(-packed.shape[1] // group_size)
         scales = _padded(_panels(group_scales, is_gated), 2, num_groups).transpose(1, 2).contiguous()
-        if form == "int4":
-            nibbles = (packed + 8).to(torch.uint8)
+        if group_minimums is not None:
+            minimums = _padded(_panels(group_minimums, is_gated), 2, num_groups).transpose(1, 2).contiguous()
+            nibbles = packed.view(torch.uint8)
             packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     offsets = None if bias is None else _panels(bias.float(), is_gated)
-    owned = (packed, scales, sums, offsets)
+    owned = (packed, scales, minimums, sums, offsets)
     description = _Linear(
         *(None if tensor is None else tensor.data_ptr() for tensor in owned),
         num_panels=packed.shape[0],

@@ -15,9 +15,10 @@ INLINE void fetch(const char* next) {
 
 // Activations in float32. A step is one k, or where the weights are pairs of bfloat16 two.
 template <int ROWS, bool HAS_PAIRS>
-static void float_tile(const void* tile, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
+static void float_tile(
+    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
     for (int first = 0; first < PANEL; first += 2 * LANES) {
-        const float* x = (const float*)tile;
+        const float* x = (const float*)rows;
         const float* w = (const float*)panel + first;
         Floats sum[ROWS][2] = {};
         for (int64_t step = 0; step < steps; step++, w += PANEL, next += next_step) {
@@ -27,20 +28,20 @@ static void float_tile(const void* tile, const void* panel, int64_t steps, float
                 const Floats even0 = (Floats)((Ints)w0 << 16), even1 = (Floats)((Ints)w1 << 16);
 #pragma GCC unroll 12
                 for (int row = 0; row < ROWS; row++) {
-                    const Floats value = splat(x[row]);
+                    const Floats value = splat(x[row * stride]);
                     sum[row][0] = multiply_add(even0, value, sum[row][0]);
                     sum[row][1] = multiply_add(even1, value, sum[row][1]);
                 }
-                x += ROWS;
+                x++;
                 w0 = (Floats)((Ints)w0 & -0x10000), w1 = (Floats)((Ints)w1 & -0x10000);
             }
 #pragma GCC unroll 12
             for (int row = 0; row < ROWS; row++) {
-                const Floats value = splat(x[row]);
+                const Floats value = splat(x[row * stride]);
                 sum[row][0] = multiply_add(w0, value, sum[row][0]);
                 sum[row][1] = multiply_add(w1, value, sum[row][1]);
             }
-            x += ROWS;
+            x++;
         }
 #pragma GCC unroll 12
         for (int row = 0; row < ROWS; row++) {
@@ -64,17 +65,18 @@ INLINE __m512i add_products(__m512i sum, __m512i w, int32_t x) {
 
 // A step is one 4-byte item of weights and of activations.
 template <int ROWS, class Sum>
-static void dot_tile(const void* tile, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
-    const int32_t* x = (const int32_t*)tile;
+static void dot_tile(
+    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
+    const int32_t* x = (const int32_t*)rows;
     const char* w = (const char*)panel;
     Sum sum[ROWS][2] = {};
-    for (int64_t step = 0; step < steps; step++, x += ROWS, w += 4 * PANEL, next += next_step) {
+    for (int64_t step = 0; step < steps; step++, x++, w += 4 * PANEL, next += next_step) {
         fetch(next);
         const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
 #pragma GCC unroll 12
         for (int row = 0; row < ROWS; row++) {
-            sum[row][0] = add_products(sum[row][0], w0, x[row]);
-            sum[row][1] = add_products(sum[row][1], w1, x[row]);
+            sum[row][0] = add_products(sum[row][0], w0, x[row * stride]);
+            sum[row][1] = add_products(sum[row][1], w1, x[row * stride]);
         }
     }
 #pragma GCC unroll 12
@@ -111,17 +113,18 @@ INLINE Ints products_of_pairs(Ints a, Ints b) {
 
 // Activations in signed bytes. A step is four k.
 template <int ROWS>
-static void integer_tile(const void* tile, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
+static void integer_tile(
+    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
     for (int first = 0; first < PANEL; first += LANES) {
-        const int32_t* x = (const int32_t*)tile;
+        const int32_t* x = (const int32_t*)rows;
         const int32_t* w = (const int32_t*)panel + first;
         Ints sum[ROWS] = {};
-        for (int64_t step = 0; step < steps; step++, x += ROWS, w += PANEL, next += next_step) {
+        for (int64_t step = 0; step < steps; step++, x++, w += PANEL, next += next_step) {
             fetch(next);
             const Ints four = load_raw<Ints>(w), odd = odd_bytes(four), even = even_bytes(four);
 #pragma GCC unroll 12
             for (int row = 0; row < ROWS; row++) {
-                const Ints value = Ints{} + x[row];
+                const Ints value = Ints{} + x[row * stride];
                 sum[row] += products_of_pairs(odd, odd_bytes(value)) + products_of_pairs(even, even_bytes(value));
             }
         }
@@ -154,7 +157,8 @@ template <bool IS_INT4, bool TO_BFLOAT16>
 static void unpack(const Linear& l, int64_t panel, void* out) {
     const int64_t pairs = padded_items(l.in_features, 2), group = l.group_size / 2, groups = (pairs + group - 1) / group;
     const uint8_t* w = (const uint8_t*)l.weight + panel * pairs * PANEL * (IS_INT4 ? 1 : 2);
-    const BFloat16* scales = (const BFloat16*)l.scales + panel * groups * PANEL;
+    const Float16* scales = (const Float16*)l.scales + panel * groups * PANEL;
+    const Float16* minimums = (const Float16*)l.minimums + panel * groups * PANEL;
 #if HAS_BF16_DOT
     // Takes 16 evens and 16 odds to 16 pairs.
     const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -162,14 +166,15 @@ static void unpack(const Linear& l, int64_t panel, void* out) {
 #endif
     for (int first = 0; first < PANEL; first += LANES)
         for (int64_t g = 0; g < groups; g++) {
-            const Floats scale = load(scales + g * PANEL + first), minus_8_scales = scale * -8.0f;
+            const Floats scale = load(scales + g * PANEL + first);
+            const Floats minimum = IS_INT4 ? load(minimums + g * PANEL + first) : Floats{};
             const int64_t end = (g + 1) * group < pairs ? (g + 1) * group : pairs;
             for (int64_t pair = g * group; pair < end; pair++) {
                 Floats even, odd;
                 if (IS_INT4) {
                     const Ints both = load_bytes(w + pair * PANEL + first);
-                    even = multiply_add(__builtin_convertvector(both & 15, Floats), scale, minus_8_scales);
-                    odd = multiply_add(__builtin_convertvector(both >> 4, Floats), scale, minus_8_scales);
+                    even = multiply_add(__builtin_convertvector(both & 15, Floats), scale, minimum);
+                    odd = multiply_add(__builtin_convertvector(both >> 4, Floats), scale, minimum);
                 } else {
                     const uint8_t* at = w + 2 * pair * PANEL + first;
                     even = __builtin_convertvector(load_signed_bytes(at), Floats) * scale;
@@ -192,8 +197,37 @@ static void widen_row(const void* x, int64_t size, float* out) {
     for (int64_t i = 0; i < size; i += LANES) store(out + i, load((const BFloat16*)x + i, size - i), size - i);
 }
 
-// The row times 127 / its largest magnitude, as bytes, BYTE_OFFSET too large; returns the scale that undoes it.
-static float quantise_row(const float* x, int64_t size, uint8_t* out) {
+// The sum of each lane and that at DISTANCE, or their difference.
+template <int DISTANCE>
+INLINE Floats butterfly(Floats x) {
+    Floats signs;
+    for (int lane = 0; lane < LANES; lane++) signs[lane] = lane & DISTANCE ? -1.0f : 1.0f;
+    return multiply_add(x, signs, swapped<DISTANCE>(x));
+}
+
+// Multiplies each whole 64 numbers by the Hadamard matrix over 8: what stands out in one place is spread over all of them.
+static void rotate_blocks(float* x, int64_t size) {
+    constexpr int BLOCK = 64, VECTORS = BLOCK / LANES;
+    for (int64_t block = 0; block + BLOCK <= size; block += BLOCK) {
+        Floats part[VECTORS];
+        for (int i = 0; i < VECTORS; i++) {
+            part[i] = butterfly<4>(butterfly<2>(butterfly<1>(load(x + block + i * LANES))));
+            if constexpr (LANES == 16) part[i] = butterfly<8>(part[i]);
+        }
+        for (int distance = 1; distance < VECTORS; distance *= 2)
+            for (int i = 0; i < VECTORS; i++)
+                if (!(i & distance)) {
+                    const Floats a = part[i], b = part[i + distance];
+                    part[i] = a + b;
+                    part[i + distance] = a - b;
+                }
+        for (int i = 0; i < VECTORS; i++) store(x + block + i * LANES, part[i] * 0.125f);
+    }
+}
+
+// The row, turned in place, times 127 / its largest magnitude, as bytes, BYTE_OFFSET too large; returns the scale that undoes it.
+static float quantise_row(float* x, int64_t size, uint8_t* out) {
+    rotate_blocks(x, size);
     // As integers: the bits of a NaN are larger than those of any number, so that a NaN makes the scale a NaN.
     Ints largest{};
     for (int64_t i = 0; i < size; i += LANES) {

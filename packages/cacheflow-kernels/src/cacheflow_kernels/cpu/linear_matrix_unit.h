@@ -24,8 +24,9 @@ static void end() { _tile_release(); }
 
 // Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
 template <bool IS_INTEGER, bool HAS_TWO>
-static void tile(const void* rows, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
-    const int64_t row_bytes = steps * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
+static void tile(
+    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
+    const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
     const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes, *w = (const char*)panel;
     _tile_zero(0);
     _tile_zero(1);

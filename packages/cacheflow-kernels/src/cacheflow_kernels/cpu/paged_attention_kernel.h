@@ -27,17 +27,16 @@ INLINE Floats multiply_add(Floats sum, const uint32_t* broadcast, Ints operand, 
 constexpr int MAX_ROWS = 6;                        // with these a product's sums, operands and one broadcast fill
 constexpr int MAX_COLUMNS = LANES == 16 ? 4 : 2;   // the 32 or 16 vector registers
 
+// Products that are added to one another before their sum is added to a result: rounding errors grow with this number.
+constexpr int64_t MAX_CHAIN = 64;
+alignas(64) const float ONES[MAX_ROWS] = {1, 1, 1, 1, 1, 1};
+
 // c [ROWS, COLUMNS * LANES] = c * factors (nothing, without factors) + a [ROWS, depth] @ b [depth, COLUMNS * LANES].
 template <bool IS_PAIRS, int ROWS, int COLUMNS>
 void multiply_tile(
     const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
     const float* factors) {
-    Floats sums[ROWS][COLUMNS];
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < COLUMNS; j++)
-            sums[i][j] = factors ? load_raw<Floats>(c + i * c_stride + j * LANES) * factors[i] : Floats{};
+    Floats sums[ROWS][COLUMNS] = {};
     for (int64_t d = 0; d < depth; d++) {
         Ints operands[COLUMNS];
 #pragma GCC unroll 4
@@ -51,7 +50,20 @@ void multiply_tile(
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < COLUMNS; j++) store_raw(c + i * c_stride + j * LANES, sums[i][j]);
+        for (int j = 0; j < COLUMNS; j++) {
+            float* to = c + i * c_stride + j * LANES;
+            store_raw(to, factors ? load_raw<Floats>(to) * factors[i] + sums[i][j] : sums[i][j]);
+        }
+}
+
+template <bool IS_PAIRS, int ROWS, int COLUMNS>
+INLINE void multiply_columns(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
+    const float* factors) {
+    const int64_t chain = IS_PAIRS ? depth : MAX_CHAIN;  // pairs lose far more when they are rounded to bfloat16
+    for (int64_t d = 0; d < depth; d += chain)
+        multiply_tile<IS_PAIRS, ROWS, COLUMNS>(
+            a + d, a_stride, b + d * b_stride, b_stride, std::min(chain, depth - d), c, c_stride, d ? ONES : factors);
 }
 
 template <bool IS_PAIRS, int ROWS>
@@ -59,33 +71,23 @@ void multiply_rows(
     const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, int64_t width, float* c,
     int64_t c_stride, const float* factors) {
     for (; width >= MAX_COLUMNS * LANES; width -= MAX_COLUMNS * LANES, b += MAX_COLUMNS * LANES, c += MAX_COLUMNS * LANES)
-        multiply_tile<IS_PAIRS, ROWS, MAX_COLUMNS>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
+        multiply_columns<IS_PAIRS, ROWS, MAX_COLUMNS>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
     if constexpr (MAX_COLUMNS == 4) {
         if (width >= 2 * LANES) {
-            multiply_tile<IS_PAIRS, ROWS, 2>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
+            multiply_columns<IS_PAIRS, ROWS, 2>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
             width -= 2 * LANES, b += 2 * LANES, c += 2 * LANES;
         }
     }
-    if (width) multiply_tile<IS_PAIRS, ROWS, 1>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
+    if (width) multiply_columns<IS_PAIRS, ROWS, 1>(a, a_stride, b, b_stride, depth, c, c_stride, factors);
 }
 
 #if HAS_BF16_DOT
-// What the matrix unit's eight tiles are: each up to 16 rows of 64 bytes.
+// What the matrix unit's eight tiles are: each 16 rows of 64 bytes. Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 of b.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
-// Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 of b.
-INLINE void shape_tiles(int64_t first, int64_t second) {
-    TileShapes shapes;
-    for (int tile : {0, 1, 4}) shapes.rows[tile] = first;
-    for (int tile : {2, 3, 5}) shapes.rows[tile] = second;
-    for (int tile : {6, 7}) shapes.rows[tile] = 16;
-    asm volatile("" : : "r"(&shapes) : "memory");  // gcc believes that the next instruction reads 8 bytes of it
-    _tile_loadconfig(&shapes);
-}
 
 // Up to 16 rows, times 64 columns at a time. A sum waits 52 cycles for the one before it: four are under way.
 INLINE void multiply_few_rows(
@@ -169,32 +171,33 @@ INLINE void multiply_many_rows(
     }
 }
 
-// `multiply` on the matrix unit, which takes both operands as they are packed; depth is a multiple of 16 words.
+// `multiply` on the matrix unit, which takes both operands as they are packed, with a and c filled up to 16 or 32 rows; depth
+// is a multiple of 16 words.
 void multiply_matrices(
     const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
     float* c, int64_t c_stride, const float* factors) {
-    for (; rows > 0; rows -= 32, a += 32 * a_stride, c += 32 * c_stride) {
-        const int64_t now = std::min<int64_t>(32, rows);
-        if (factors) {
-            for (int64_t i = 0; i < now; i++)
-                if (factors[i] != 1.0f)  // mostly no row has a new maximum
-                    for (int64_t j = 0; j < width; j += LANES)
-                        store_raw(c + i * c_stride + j, load_raw<Floats>(c + i * c_stride + j) * factors[i]);
-        }
-        if (now <= 16) {
-            shape_tiles(now, now);
-            multiply_few_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
-        } else {
-            shape_tiles(16, now - 16);
-            multiply_many_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
-        }
-        if (factors) factors += 32;
+    if (factors) {
+        for (int64_t i = 0; i < rows; i++)
+            if (factors[i] != 1.0f)  // mostly no row has a new maximum
+                for (int64_t j = 0; j < width; j += LANES)
+                    store_raw(c + i * c_stride + j, load_raw<Floats>(c + i * c_stride + j) * factors[i]);
     }
+    if (rows <= 16)
+        multiply_few_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
+    else
+        multiply_many_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
 }
-
-// With 4 rows of 128 elements the matrix unit takes 30 ns a key and dot products take 37; with 1 row it is the other way round.
-constexpr int64_t MIN_MATRIX_ROWS = 3;
 #endif
+
+INLINE void take_matrices() {
+#if HAS_BF16_DOT
+    if (has_matrix_unit()) {
+        const TileShapes shapes;
+        asm volatile("" : : "r"(&shapes) : "memory");  // gcc believes that the next instruction reads 8 bytes of it
+        _tile_loadconfig(&shapes);
+    }
+#endif
+}
 
 // Gives the matrix unit back: torch sets it up for itself.
 INLINE void release_matrices() {
@@ -203,13 +206,13 @@ INLINE void release_matrices() {
 #endif
 }
 
-// c [rows, width] = c * factors + a [rows, depth] @ b [depth, width]; width is a multiple of LANES.
+// c [rows, width] = c * factors + a [rows, depth] @ b [depth, width]; rows up to CHUNK_ROWS, width a multiple of LANES.
 template <bool IS_PAIRS>
 void multiply(
     const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
     float* c, int64_t c_stride, const float* factors) {
 #if HAS_BF16_DOT
-    if (IS_PAIRS && rows >= MIN_MATRIX_ROWS && has_matrix_unit()) {
+    if (IS_PAIRS && has_matrix_unit()) {
         multiply_matrices(a, a_stride, b, b_stride, rows, depth, width, c, c_stride, factors);
         return;
     }
@@ -327,16 +330,16 @@ void pack_values(
     }
 }
 
-// One tile's memory: offsets into a thread's scratch.
+// One tile's memory: offsets into a thread's scratch. Scores and probabilities are those of CHUNK_ROWS rows.
 struct Tile {
     uint32_t *queries, *keys, *values, *probabilities;
     float *scores, *out, *maxima, *sums, *factors, *slopes;
 };
 
 INLINE Tile tile_of(int64_t rows, int64_t num_words, int64_t width) {
-    const int64_t padded = (rows + 15) / 16 * 16;
-    const int64_t sizes[] = {padded * num_words, num_words * KEYS, KEYS * width, padded * KEYS, padded * KEYS,
-                             padded * width,     padded,           padded,       padded,        padded};
+    const int64_t padded = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS * CHUNK_ROWS;
+    const int64_t sizes[] = {padded * num_words, num_words * KEYS, KEYS * width, CHUNK_ROWS * KEYS, CHUNK_ROWS * KEYS,
+                             padded * width,     padded,           padded,       padded,            padded};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     uint32_t* next = reinterpret_cast<uint32_t*>(scratch.of(4 * total));
@@ -348,20 +351,61 @@ INLINE Tile tile_of(int64_t rows, int64_t num_words, int64_t width) {
 
 INLINE Floats bent(Floats score, float soft_cap) { return soft_cap * hyperbolic_tangent(score / soft_cap); }
 
-// Turns one row of scores into probabilities in T's packed form; keys outside [low, high) of the block are hidden.
+// Scores times this are exponents of `power`: of 2 for pairs. Floats would lose more by rounding those than exponents of e.
 template <class T>
-INLINE void soften(
-    const Layer& layer, const Tile& tile, int64_t row, int64_t num_keys, int64_t low, int64_t high, int64_t distance) {
-    float* scores = tile.scores + row * KEYS;
+constexpr float UNIT = PAIRS<T> ? LOG2_E : 1.0f;
+
+// 2^x (pairs) or e^x for x <= 0, as near as T needs it; 0 where that is no normal number.
+template <class T>
+INLINE Floats power(Floats x) {
+#if HAS_BF16_DOT
+    // A cubic on the fraction in [0, 1), off by at most 7.5e-5 of the result: a twentieth of what a bfloat16 loses.
+    if constexpr (PAIRS<T>) {
+        const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        Floats y = splat(0.07802452f) * f + 0.22606716f;
+        y = y * f + 0.69583353f;
+        y = y * f + 0.99992522f;
+        return (Floats)_mm512_scalef_ps((__m512)y, (__m512)x);
+    }
+#endif
+    return x < -87.0f ? Floats{} : exponential(x);
+}
+
+template <class T>
+INLINE float power(float x) {
+    return PAIRS<T> ? exp2f(x) : expf(x);
+}
+
+// Rows of the cache that are asked for while others are worked on: all their lines, as the processor's own prefetching ends
+// with each page and blocks lie anywhere. Only some requests can be under way, so they are spread evenly over the work: in
+// bursts they held it up (32/8 heads x 128 reached 0.72 of read bandwidth, not 0.80).
+struct Ahead {
+    const void* const* rows;
+    int64_t row_bytes, asked = 0;
+
+    // Asks for `count` more rows, none from number `end` on.
+    void ask(int64_t count, int64_t end) {
+        for (const int64_t last = std::min(asked + count, end); asked < last; asked++)
+            for (int64_t byte = 0; byte < row_bytes; byte += 64)
+                _mm_prefetch(static_cast<const char*>(rows[asked]) + byte, _MM_HINT_T1);
+    }
+};
+
+// Turns one row of scores into probabilities in T's packed form; keys outside [low, high) of the block are hidden. Updates the
+// row's maximum and sum, and returns the factor that brings what was added up before to the new maximum. Asks for rows `ahead`.
+template <class T>
+INLINE float soften(
+    const Layer& layer, float slope, float* scores, int64_t num_keys, int64_t low, int64_t high, int64_t distance,
+    uint32_t* probabilities, float& maximum_so_far, float& sum_so_far, Ahead* ahead = nullptr) {
     Ints lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     Floats largest = splat(-INFINITY);
-    const float scale = layer.scale * LOG2_E, slope = tile.slopes[row] * LOG2_E;
+    const float scale = layer.scale * UNIT<T>;
     for (int64_t key = 0; key < num_keys; key += LANES) {
         Floats score = load_raw<Floats>(scores + key);
-        score = layer.soft_cap ? bent(score * layer.scale, layer.soft_cap) * LOG2_E : score * scale;
+        score = layer.soft_cap ? bent(score * layer.scale, layer.soft_cap) * UNIT<T> : score * scale;
         const Ints position = lane + int32_t(key);
-        if (layer.alibi_slopes) score += slope * __builtin_convertvector(position - int32_t(distance), Floats);
+        if (layer.alibi_slopes) score += slope * UNIT<T> * __builtin_convertvector(position - int32_t(distance), Floats);
         if (key < low || key + LANES > high) {
             const Ints is_visible = (position >= int32_t(low)) & (position < int32_t(high));
             score = is_visible ? score : splat(-INFINITY);
@@ -369,47 +413,64 @@ INLINE void soften(
         store_raw(scores + key, score);
         largest = larger(largest, score);
     }
-    const float before = tile.maxima[row], now = std::max(before, maximum(largest));
-    tile.maxima[row] = now;
+    const float before = maximum_so_far, now = std::max(before, maximum(largest));
+    maximum_so_far = now;
     // Nothing visible so far: any finite reference turns the hidden keys into zeros.
     const float reference = now == -INFINITY ? 0.0f : now;
     Floats total{};
     for (int64_t key = 0; key < num_keys; key += LANES) {
-        Floats p = power_of_two<!PAIRS<T>>(load_raw<Floats>(scores + key) - reference);
-        if constexpr (PAIRS<T>) {
-            auto narrowed = narrow(p, BFloat16{});
-            store_raw(reinterpret_cast<uint16_t*>(tile.probabilities + row * KEYS) + key, narrowed);
-            p = widen(narrowed, BFloat16{});  // the sum must be that of the numbers which are multiplied
-        } else {
-            store_raw(tile.probabilities + row * KEYS + key, p);
-        }
+        if (ahead) ahead->ask(1, num_keys);
+        const Floats p = power<T>(load_raw<Floats>(scores + key) - reference);
+        if constexpr (PAIRS<T>)
+            store_raw(reinterpret_cast<uint16_t*>(probabilities) + key, narrow(p, BFloat16{}));
+        else
+            store_raw(probabilities + key, p);
         total += p;
     }
-    tile.factors[row] = before == -INFINITY ? 0.0f : exp2f(before - now);
-    tile.sums[row] = tile.sums[row] * tile.factors[row] + sum(total);
+    const float factor = before == now ? 1.0f : before == -INFINITY ? 0.0f : power<T>(before - now);
+    sum_so_far = sum_so_far * factor + sum(total);
+    return factor;
 }
 
-// Where `KEYS` tokens from position `begin` on lie for one head; those outside [begin, end) are zeros, as what the cache holds
-// there may be anything.
+// One row's result: divided into the output, or left unfinished for `merge`.
+template <class T>
+INLINE void finish(
+    const Layer& layer, const float* result, float maximum, float sum, int64_t token, int64_t head, float* partial, T* out) {
+    const int64_t head_size = layer.head_size;
+    if (partial) {
+        float* to = partial + head * (head_size + 2);
+        memcpy(to, result, head_size * sizeof(float));
+        to[head_size] = maximum;
+        to[head_size + 1] = sum;
+        return;
+    }
+    T* to = out + (token * layer.num_heads + head) * head_size;
+    for (int64_t i = 0; i < head_size; i += LANES) store(to + i, load_raw<Floats>(result + i) / sum, head_size - i);
+}
+
+// Where `count` tokens from position `begin` on lie for one head; those outside [begin, end) are zeros, as what the cache
+// holds there may be anything.
 template <class T>
 INLINE void locate(
     const Batch& batch, const Layer& layer, const Cache& cache, int64_t seq, int64_t kv_head, int64_t begin, int64_t end,
-    const T** keys, const T** values) {
+    int64_t count, const T** keys, const T** values) {
     const int32_t* table = batch.block_tables + seq * batch.table_stride;
     const int64_t head_offset = kv_head * layer.block_size * layer.head_size;
     int64_t block = begin / layer.block_size, slot = begin % layer.block_size;
-    for (int i = 0; i < KEYS; block++, slot = 0) {
-        const int64_t count = std::min<int64_t>({layer.block_size - slot, KEYS - i, end - begin - i});
-        if (count <= 0) {
-            for (; i < KEYS; i++) keys[i] = values[i] = reinterpret_cast<const T*>(ZEROS);
+    for (int64_t i = 0; i < count; block++, slot = 0) {
+        const int64_t now = std::min({layer.block_size - slot, count - i, end - begin - i});
+        if (now <= 0) {
+            for (; i < count; i++) keys[i] = values[i] = reinterpret_cast<const T*>(ZEROS);
             break;
         }
         const int64_t offset = table[block] * cache.stride + head_offset + slot * layer.head_size;
         const T *key = static_cast<const T*>(cache.k) + offset, *value = static_cast<const T*>(cache.v) + offset;
-        for (const int last = i + int(count); i < last; i++, key += layer.head_size, value += layer.head_size)
+        for (const int64_t last = i + now; i < last; i++, key += layer.head_size, value += layer.head_size)
             keys[i] = key, values[i] = value;
     }
 }
+
+#include "paged_decode_kernel.h"
 
 template <class T>
 void attend(
@@ -434,36 +495,40 @@ void attend(
     }
     memset(tile.out, 0, rows * width * sizeof(float));
     const T *keys[2][KEYS], *values[2][KEYS];
-    locate(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, keys[0], values[0]);
+    locate(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, KEYS, keys[0], values[0]);
+    take_matrices();
     for (int64_t begin = item.key_begin, now = 0; begin < item.key_end; begin += KEYS, now ^= 1) {
         const int64_t next = now ^ 1;
-        locate(batch, layer, cache, item.seq, kv_head, begin + KEYS, item.key_end, keys[next], values[next]);
+        locate(batch, layer, cache, item.seq, kv_head, begin + KEYS, item.key_end, KEYS, keys[next], values[next]);
         const int64_t num_keys = (std::min<int64_t>(KEYS, item.key_end - begin) + KEY_STEP - 1) / KEY_STEP * KEY_STEP;
         pack_keys(keys[now], keys[next], num_keys, head_size, num_words, tile.keys);
-        multiply<PAIRS<T>>(tile.queries, num_words, tile.keys, KEYS, rows, num_words, num_keys, tile.scores, KEYS, nullptr);
-        for (int64_t row = 0; row < rows; row++) {
-            const int64_t at = position + row / group;
-            const int64_t low = first_visible(at, layer.window) - begin, high = std::min(at + 1, item.key_end) - begin;
-            soften<T>(layer, tile, row, num_keys, low, high, at - begin);
-        }
         pack_values(values[now], values[next], num_keys, head_size, width, tile.values);
-        const int64_t depth = PAIRS<T> ? num_keys / 2 : num_keys;
-        multiply<PAIRS<T>>(tile.probabilities, KEYS, tile.values, width, rows, depth, width, tile.out, width, tile.factors);
-    }
-    for (int64_t row = 0; row < rows; row++) {
-        const int64_t head = kv_head * group + row % group;
-        const float* result = tile.out + row * width;
-        if (partial) {
-            float* to = partial + head * (head_size + 2);
-            memcpy(to, result, head_size * sizeof(float));
-            to[head_size] = tile.maxima[row];
-            to[head_size + 1] = tile.sums[row];
-        } else {
-            T* to = out + ((token + row / group) * layer.num_heads + head) * head_size;
-            for (int64_t i = 0; i < head_size; i += LANES)
-                store(to + i, load_raw<Floats>(result + i) / tile.sums[row], head_size - i);
+        for (int64_t first = 0; first < rows; first += CHUNK_ROWS) {
+            const int64_t last = std::min(rows, first + CHUNK_ROWS);
+            // The first row sees the earliest key of the chunk's rows, and the last one the latest.
+            const int64_t low = first_visible(position + first / group, layer.window) - begin;
+            const int64_t high = std::min(position + (last - 1) / group + 1, item.key_end) - begin;
+            if (high <= 0 || low >= num_keys) continue;
+            const int64_t seen = std::min(num_keys, (high + KEY_STEP - 1) / KEY_STEP * KEY_STEP);
+            multiply<PAIRS<T>>(
+                tile.queries + first * num_words, num_words, tile.keys, KEYS, last - first, num_words, seen, tile.scores, KEYS,
+                nullptr);
+            for (int64_t row = first; row < last; row++) {
+                const int64_t at = position + row / group, place = (row - first) * KEYS;
+                tile.factors[row] = soften<T>(
+                    layer, tile.slopes[row], tile.scores + place, seen, first_visible(at, layer.window) - begin,
+                    std::min(at + 1, item.key_end) - begin, at - begin, tile.probabilities + place, tile.maxima[row],
+                    tile.sums[row]);
+            }
+            multiply<PAIRS<T>>(
+                tile.probabilities, KEYS, tile.values, width, last - first, PAIRS<T> ? seen / 2 : seen, width,
+                tile.out + first * width, width, tile.factors + first);
         }
     }
+    for (int64_t row = 0; row < rows; row++)
+        finish(
+            layer, tile.out + row * width, tile.maxima[row], tile.sums[row], token + row / group,
+            kv_head * group + row % group, partial, out);
 }
 
 // One head's unfinished results, brought to one maximum and added in the order of their keys.
@@ -475,7 +540,7 @@ void merge(const Layer& layer, const float* first, int64_t count, T* out) {
     alignas(64) float result[MAX_HEAD_SIZE] = {};
     for (int64_t i = 0; i < count; i++) {
         const float* part = first + i * stride;
-        const float factor = exp2f(part[head_size] - largest);
+        const float factor = power<T>(part[head_size] - largest);
         total += factor * part[head_size + 1];
         for (int64_t j = 0; j < head_size; j++) result[j] += factor * part[j];
     }
@@ -492,16 +557,47 @@ static void paged_attention(
     const size_t partial_bytes = work.num_partials * partial_size * sizeof(float);
     float* parts = reinterpret_cast<float*>(partials.of(partial_bytes));
     const int64_t num_items = work.items.size() * layer.num_kv_heads, num_merges = work.merges.size() * layer.num_heads;
+    const bool few_heads = layer.num_heads / layer.num_kv_heads <= MAX_DECODE_ROWS;
+    auto is_decode = [&](int64_t i) {
+        const Item& item = work.items[i / layer.num_kv_heads];
+        return few_heads && item.last - item.first == 1 && item.key_end - item.key_begin <= SPLIT;
+    };
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel if (work.multiply_adds > MIN_PARALLEL)
     {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_items; i++) {
+        Rows<T> rows[2];
+        auto locate_rows = [&](int64_t i, Rows<T>& found) {
             const Item& item = work.items[i / layer.num_kv_heads];
-            float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
+            locate(
+                batch, layer, cache, item.seq, i % layer.num_kv_heads, item.key_begin, item.key_end, SPLIT, found.keys,
+                found.values);
+        };
+        const int64_t many = 4 * omp_get_num_threads();
+        bool is_located = false;
+        for (int64_t i = taken++, next, now = 0; i < num_items; i = next) {
+            const Item& item = work.items[i / layer.num_kv_heads];
             const int64_t kv_head = i % layer.num_kv_heads;
-            attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, kv_head, partial, static_cast<T*>(out));
+            float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
+            if (!is_decode(i)) {
+                attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, kv_head, partial, static_cast<T*>(out));
+                next = taken++;
+                is_located = false;
+                continue;
+            }
+            if (!is_located) locate_rows(i, rows[now]);
+            // While there is enough for all threads, the next item is taken early, so that its keys can be asked for.
+            const bool is_early = taken + many < num_items;
+            if (is_early) next = taken++;
+            is_located = is_early && is_decode(next);
+            if (is_located) locate_rows(next, rows[now ^ 1]);
+            decode(
+                batch, layer, static_cast<const T*>(q), q_stride, item, kv_head, rows[now],
+                is_located ? &rows[now ^ 1] : nullptr, partial, static_cast<T*>(out));
+            if (!is_early) next = taken++;
+            now ^= 1;
         }
         release_matrices();
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_merges; i++) {
             const Merge& split = work.merges[i / layer.num_heads];

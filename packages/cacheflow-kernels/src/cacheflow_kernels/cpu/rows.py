@@ -30,7 +30,8 @@ def _kernels() -> ctypes.CDLL:
     loaded.cf_layer_norm.argtypes = (POINTER, INTEGER, POINTER, POINTER, POINTER, INTEGER, INTEGER, eps, dtype)
     loaded.cf_rotary.argtypes = (*(POINTER, INTEGER, INTEGER) * 2, POINTER, POINTER, *(INTEGER,) * 3, ctypes.c_int32, dtype)
     loaded.cf_activate_and_mul.argtypes = (POINTER, INTEGER, POINTER, INTEGER, INTEGER, ctypes.c_int32, dtype)
-    for name in ("rms_norm", "fused_add_rms_norm", "layer_norm", "rotary", "activate_and_mul"):
+    loaded.cf_row_maxima.argtypes = (POINTER, INTEGER, *(POINTER,) * 3, INTEGER, INTEGER, dtype)
+    for name in ("rms_norm", "fused_add_rms_norm", "layer_norm", "rotary", "activate_and_mul", "row_maxima"):
         getattr(loaded, f"cf_{name}").restype = None
     return loaded
 
@@ -41,11 +42,21 @@ def _as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def _as_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` contiguous in a dtype: itself, as a rule, for which two calls of torch would take a microsecond."""
+    return weight if weight.dtype is dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of x's shape and dtype; `torch.empty` takes a microsecond longer."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm, rounded to x's dtype before it is scaled."""
-    rows, weight = _as_rows(x), weight.to(x.dtype).contiguous()
+    rows, weight = _as_rows(x), _as_row(weight, x.dtype)
     num_rows, size = rows.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     _kernels().cf_rms_norm(
         rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), num_rows, size, eps, DTYPES[x.dtype]
     )
@@ -54,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of the sum, and the sum: they take the inputs' memory where rows lie in it one by one."""
-    rows, totals, weight = _as_rows(x), _as_rows(residual), weight.to(x.dtype).contiguous()
+    rows, totals, weight = _as_rows(x), _as_rows(residual), _as_row(weight, x.dtype)
     num_rows, size = rows.shape
     _kernels().cf_fused_add_rms_norm(
         rows.data_ptr(),
@@ -72,10 +83,10 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm, rounded once."""
-    rows, weight = _as_rows(x), weight.to(x.dtype).contiguous()
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    rows, weight = _as_rows(x), _as_row(weight, x.dtype)
+    bias = None if bias is None else _as_row(bias, x.dtype)
     num_rows, size = rows.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     _kernels().cf_layer_norm(
         rows.data_ptr(),
         rows.stride(0),
@@ -138,3 +149,22 @@ def _activate_and_mul(x: Tensor, activation: str) -> Tensor:
         rows.data_ptr(), rows.stride(0), out.data_ptr(), num_rows, size, ACTIVATIONS[activation], DTYPES[x.dtype]
     )
     return out
+
+
+def row_maxima(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's largest number, its place, and the logarithm of the sum of exponentials; x is `[num_rows, size]`."""
+    rows = _as_rows(x)
+    num_rows, size = rows.shape
+    values, normalisers = (rows.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    indices = rows.new_empty(num_rows, dtype=torch.int64)
+    _kernels().cf_row_maxima(
+        rows.data_ptr(),
+        rows.stride(0),
+        values.data_ptr(),
+        indices.data_ptr(),
+        normalisers.data_ptr(),
+        num_rows,
+        size,
+        DTYPES[x.dtype],
+    )
+    return values, indices, normalisers

@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int64_t MIN_PARALLEL_BYTES = 1 << 18;  // estimated, not measured: below, one core is done before the others start
+// Of keys. One and two threads took the same time at 16 KiB (3.9 us); at 32 KiB it was 4.8 and 4.3 us, at 128 KiB 11.1 and 7.5.
+constexpr int64_t MIN_PARALLEL_BYTES = 1 << 15;
 
 }  // namespace
 

@@ -142,31 +142,17 @@ INLINE float maximum(Floats vector) {
 // Adding it to a float of less than 2^22 rounds that to an integer, which then lies in the low bits.
 constexpr float TO_INTEGER = 12582912.0f;
 
-// 2^(n + f), where n is in the low bits of `whole` and |f| <= 0.5: the Taylor series of 2^f at 0, which is off by 5e-9 at most;
-// without its last terms by 4e-5, a fiftieth of what a bfloat16 loses.
-template <bool IS_EXACT = true>
+// 2^(n + f), where n is in the low bits of `whole` and |f| <= 0.5: the Taylor series of 2^f at 0, which is off by 5e-9 at most.
 INLINE Floats scaled_power(Floats whole, Floats f) {
-    Floats y = splat(9.6181291076284772e-3f);
-    if constexpr (IS_EXACT) {
-        Floats last = splat(1.5252733804059841e-5f);
-        last = last * f + 1.5403530393381608e-4f;
-        last = last * f + 1.3333558146428443e-3f;
-        y += last * f;
-    }
+    Floats y = splat(1.5252733804059841e-5f);
+    y = y * f + 1.5403530393381608e-4f;
+    y = y * f + 1.3333558146428443e-3f;
+    y = y * f + 9.6181291076284772e-3f;
     y = y * f + 5.5504108664821580e-2f;
     y = y * f + 2.4022650695910071e-1f;
     y = y * f + 6.9314718055994531e-1f;
     y = y * f + 1.0f;
     return (Floats)((Ints)y + ((Ints)whole << 23));
-}
-
-// 2^x for x <= 0; 0 below -126.
-template <bool IS_EXACT = true>
-INLINE Floats power_of_two(Floats x) {
-    Floats bounded = larger(x, splat(-127.0f));
-    Floats whole = bounded + TO_INTEGER;
-    Floats y = scaled_power<IS_EXACT>(whole, bounded - (whole - TO_INTEGER));
-    return x < -126.0f ? Floats{} : y;
 }
 
 // e^x, with x cut to what a float holds.

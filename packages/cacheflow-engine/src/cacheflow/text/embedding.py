@@ -1,0 +1,29 @@
+"""From the engine's update of an `embed` request to what its user gets. It knows neither the engine nor the prompt's text."""
+
+from __future__ import annotations
+
+import math
+
+from cacheflow.errors import InvalidRequestError, RequestFailedError
+from cacheflow.types import EmbeddingOutput, EngineRequest, RequestUpdate
+
+
+def embedding_output(request: EngineRequest, update: RequestUpdate, prompt: str | None, *, normalize: bool) -> EmbeddingOutput:
+    """The vector of a request, of length 1 if `normalize`. One of only zeros stays as it is.
+
+    Raises:
+        InvalidRequestError: The engine refused the request.
+        RequestFailedError: It failed, or was aborted.
+    """
+    if update.error is not None and update.is_invalid:
+        raise InvalidRequestError(update.error)
+    embedding = update.embedding
+    if embedding is None:
+        raise RequestFailedError(update.error or f"The request {request.request_id} was aborted.")
+    length = math.sqrt(sum(value * value for value in embedding)) if normalize else 1.0
+    return EmbeddingOutput(
+        request_id=request.request_id,
+        prompt=prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        embedding=[value / (length or 1.0) for value in embedding],
+    )

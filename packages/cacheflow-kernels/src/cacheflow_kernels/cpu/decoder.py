@@ -1,0 +1,116 @@
+"""Calls of decoder.cpp: a Llama-shaped decoder with one call between two attention calls.
+
+It knows packed products by what `linear` made of them; it knows neither the KV cache nor where weights come from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacheflow_kernels.cpu import library, rows
+from cacheflow_kernels.cpu.attention import DTYPES, INTEGER, POINTER
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Layer(ctypes.Structure):
+    """`DecoderLayer` of decoder.cpp."""
+
+    _fields_ = tuple((name, POINTER) for name in ("attention_norm", "mlp_norm", "qkv", "out", "gate_up", "down"))
+
+
+class _Decoder(ctypes.Structure):
+    """`Decoder` of decoder.cpp."""
+
+    _fields_ = (
+        ("norm", POINTER),
+        ("cos_sin", POINTER),
+        *((name, INTEGER) for name in ("num_heads", "num_kv_heads", "head_size", "rotary_size", "hidden_size")),
+        ("eps", ctypes.c_float),
+        ("is_neox", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class _Step(ctypes.Structure):
+    """`DecoderStep` of decoder.cpp."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "residual", "qkv", "inner", "positions")),
+        ("num_rows", INTEGER),
+        ("num_threads", INTEGER),
+    )
+
+
+def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Callable[[Tensor, Tensor, Attend], Tensor] | None:
+    """The function that runs `layers`, whose products are of `linear`; None where one of them is not.
+
+    Args:
+        layers: As the engine's `DecoderLayer`.
+        norm: The weight of the norm behind the last layer.
+        eps: Of all norms.
+        rotary: Has `cos_sin`, `head_size` and `is_neox`.
+    """
+    products = [(layer.qkv, layer.out, layer.gate_up, layer.down) for layer in layers]
+    if not all(hasattr(product, "owned") for four in products for product in four):
+        return None
+    if rotary.cos_sin.shape[1] > rows.MAX_ROTARY_SIZE:
+        return None
+    loaded = library.load()
+    assert loaded is not None, "supports() was not asked"
+    call = loaded.cf_decoder
+    call.argtypes = (POINTER, POINTER, POINTER, POINTER, INTEGER, POINTER)
+    call.restype = None
+
+    norms = [(layer.attention_norm.contiguous(), layer.mlp_norm.contiguous()) for layer in layers]
+    packed = (_Layer * len(layers))(
+        *(
+            _Layer(*(weight.data_ptr() for weight in two), *(ctypes.addressof(product.owned[0]) for product in four))
+            for two, four in zip(norms, products, strict=True)
+        )
+    )
+    norm, cos_sin = norm.contiguous(), rotary.cos_sin.float().contiguous()
+    head_size, dtype, qkv, down = rotary.head_size, norm.dtype, products[0][0].owned[0], products[0][3].owned[0]
+    sizes = layers[0].sizes
+    description = _Decoder(
+        norm.data_ptr(),
+        cos_sin.data_ptr(),
+        sizes[0] // head_size,
+        sizes[1] // head_size,
+        head_size,
+        cos_sin.shape[1],
+        qkv.in_features,
+        eps,
+        rotary.is_neox,
+        DTYPES[dtype],
+    )
+    owned = (packed, norms, products, norm, cos_sin, description)
+    numbers = [layer.number for layer in layers]
+    addresses = [ctypes.addressof(layer) for layer in packed]
+    whole = ctypes.addressof(description)
+
+    def run(hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        hidden = hidden.contiguous()
+        num_rows = hidden.shape[0]
+        x = hidden.new_empty(hidden.shape)
+        fused, inner = hidden.new_empty((num_rows, sum(sizes))), hidden.new_empty((num_rows, down.in_features))
+        q, k, v = fused.split(sizes, dim=-1)
+        pointers = (tensor.data_ptr() for tensor in (x, hidden, fused, inner, positions))
+        step = _Step(*pointers, num_rows, torch.get_num_threads())
+        address, done, attended, stride = ctypes.addressof(step), None, None, 0
+        for number, following in zip(numbers, addresses, strict=True):
+            call(whole, address, done, attended, stride, following)
+            out = attend(number, q, k, v)
+            if out.stride(1) != 1:
+                out = out.contiguous()
+            done, attended, stride = following, out.data_ptr(), out.stride(0)
+        call(whole, address, done, attended, stride, None)
+        return x
+
+    run.owned = owned  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,364 @@
+"""What `POST /v1/chat/completions` accepts, and what `/v1/responses` is made into. It knows no HTTP and no engine.
+
+The fields are OpenAI's, and beside them the sampling parameters that mean something in a chat, `cache_salt` and
+`chat_template_kwargs`. A null stands for the default.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cacheflow.asgi import sampling_params
+from cacheflow.errors import InvalidRequestError
+from cacheflow.types import SAMPLING_FIELDS, SamplingParams, StructuredOutput
+from cacheflow_openai.fields import check_stop, choice, flag, given, ignored, include_usage, mapping, schema, string
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+MAX_CALLS = 16
+"""Most tool calls of one answer; a forced answer may not have more, and further ones of others are dropped."""
+MAX_TOP_LOGPROBS = 20
+MAX_TEMPLATE_VARIABLES = 16
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OWN_FIELDS = (
+    "model", "messages", "max_completion_tokens", "top_logprobs", "stream", "stream_options", "response_format", "tools",
+    "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "user", "cache_salt",
+)  # fmt: skip
+"""Those beside the sampling parameters. `user` changes nothing."""
+NO_SAMPLING_FIELDS = ("prompt_logprobs",)
+"""Sampling parameters that a chat has no place for."""
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+"""Of a tool that doesn't say what it takes, which is nothing."""
+_TOOL_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether the answer calls tools.
+
+    Attributes:
+        mode: "none", "auto", "required", or "named".
+        name: The tool of "named".
+    """
+
+    mode: str
+    name: str = ""
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer is nothing but calls, which structured output sees to."""
+        return self.mode in ("required", "named")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A request for an assistant's message.
+
+    Attributes:
+        model: The model's name as the client knows it. None: whatever is served.
+        messages: As the chat template reads them: each with a role and text.
+        tools: In OpenAI's form, those that the template is shown.
+        tool_choice: What is to be done with them.
+        max_calls: Most tool calls of the answer.
+        params: Of the answer.
+        prompt_param: The field that the messages come from.
+        limit_param: The field that `params.max_tokens` comes from.
+        top_logprobs: How many alternatives each token is listed with; None: log probabilities are not listed.
+        template_variables: More of what the chat template reads.
+        stream: Whether the message is sent as it grows.
+        include_usage: Whether a stream ends with the token counts.
+        cache_salt: Cached prompts are shared only under equal salts.
+        ignored: Names of fields that mean nothing here.
+    """
+
+    model: str | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    tool_choice: ToolChoice
+    max_calls: int
+    params: SamplingParams
+    prompt_param: str
+    limit_param: str
+    top_logprobs: int | None
+    template_variables: dict[str, Any]
+    stream: bool
+    include_usage: bool
+    cache_salt: str
+    ignored: list[str]
+
+
+def parse_chat(document: Mapping[str, Any]) -> ChatRequest:
+    """Checks a request's fields.
+
+    Raises:
+        InvalidRequestError: Naming the first field that is missing or out of its range.
+    """
+    values = given(document)
+    for name in ("functions", "function_call"):
+        if values.get(name) not in (None, [], "none"):
+            raise InvalidRequestError(f"{name} is not supported any more: use tools and tool_choice.", param=name)
+    stream = flag(values, "stream")
+    tools = parse_tools(values.get("tools", ()))
+    tool_choice = parse_tool_choice(values.get("tool_choice"), tools)
+    top_logprobs = _top_logprobs(values)
+    check_stop(values)
+    sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in NO_SAMPLING_FIELDS}
+    limit_param = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
+    sampling |= {"logprobs": top_logprobs, "max_tokens": values.get(limit_param)}
+    if sampling["max_tokens"] is not None and type(sampling["max_tokens"]) is not int:
+        raise InvalidRequestError(f"{limit_param} must be a whole number of at least 1.", param=limit_param)
+    max_calls = MAX_CALLS if flag(values, "parallel_tool_calls", True) else 1
+    structured = parse_response_format(mapping(values, "response_format"))
+    return ChatRequest(
+        model=string(values, "model"),
+        messages=parse_messages(values.get("messages")),
+        tools=[] if tool_choice.mode == "none" else tools,
+        tool_choice=tool_choice,
+        max_calls=max_calls,
+        params=with_structure(sampling_params(sampling), structured, tools, tool_choice, max_calls),
+        prompt_param="messages",
+        limit_param=limit_param,
+        top_logprobs=top_logprobs,
+        template_variables=_template_variables(values),
+        stream=stream,
+        include_usage=include_usage(values, stream),
+        cache_salt=string(values, "cache_salt") or "",
+        ignored=[
+            *ignored(document, OWN_FIELDS), *(name for name in document if name in NO_SAMPLING_FIELDS)
+        ],
+    )  # fmt: skip
+
+
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages with their content as one text, tool calls with their arguments as objects, as templates want them.
+
+    Raises:
+        InvalidRequestError: Naming the first message that is none.
+    """
+    if not isinstance(messages, list) or not messages or len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"messages must be a list of 1 to {MAX_MESSAGES} messages.", param="messages")
+    return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _message(message: Any, param: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidRequestError(f"{param} must be an object with role and content.", param=param)
+    values = given(message)
+    role = choice(values, "role", ROLES, "")
+    calls = values.get("tool_calls", [])
+    if "content" not in values and not (role == "assistant" and calls):
+        raise InvalidRequestError(f"{param}.content is missing.", param=f"{param}.content")
+    # Templates know no "developer", which is what newer clients call "system".
+    parsed: dict[str, Any] = {
+        "role": "system" if role == "developer" else role,
+        "content": text_of(values.get("content", ""), ("text",), f"{param}.content"),
+    }
+    for name in ("name", "tool_call_id"):
+        if name in values:
+            parsed[name] = string(values, name)
+    if calls:
+        if not isinstance(calls, list) or role != "assistant":
+            raise InvalidRequestError(f"{param}.tool_calls must be a list, of an assistant's message.", param=param)
+        parsed["tool_calls"] = [_tool_call(call, f"{param}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    return parsed
+
+
+def text_of(content: Any, kinds: Sequence[str], param: str) -> str:
+    """A content's text; parts are joined by line breaks.
+
+    Args:
+        content: Text, or a list of parts with their type and text.
+        kinds: The types of parts that are taken.
+        param: The field.
+
+    Raises:
+        InvalidRequestError: It is something else, such as an image.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise InvalidRequestError(f"{param} must be a string or a list of parts.", param=param)
+    for part in content:
+        if part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            kind = str(part.get("type"))[:40]
+            raise InvalidRequestError(
+                f"{param} has a part of type {kind!r}; this model reads text only: type {' or '.join(kinds)}, and text.",
+                param=param,
+            )
+    return "\n".join(part["text"] for part in content)
+
+
+def _tool_call(call: Any, param: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{param} must have a function with name and arguments.", param=param)
+    return {
+        "id": str(call.get("id", "")),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments_of(function.get("arguments"), param)},
+    }
+
+
+def arguments_of(arguments: Any, param: str) -> dict[str, Any]:
+    """A call's arguments as an object, which templates write as JSON.
+
+    Raises:
+        InvalidRequestError: They are not the JSON of an object.
+    """
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequestError(f"{param}: the arguments must be a string that holds a JSON object.", param=param)
+    return parsed
+
+
+def parse_tools(tools: Any) -> list[dict[str, Any]]:
+    """The tools, in the form that templates know.
+
+    Raises:
+        InvalidRequestError: Naming the first that is no function, or whose name another has.
+    """
+    if not isinstance(tools, (list, tuple)) or len(tools) > MAX_TOOLS:
+        raise InvalidRequestError(f"tools must be a list of at most {MAX_TOOLS} tools.", param="tools")
+    parsed: dict[str, dict[str, Any]] = {}
+    for number, tool in enumerate(tools):
+        param = f"tools[{number}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+            raise InvalidRequestError(f'{param} must be {{"type": "function", "function": {{…}}}}.', param=param)
+        function = given(tool["function"])
+        name, description = function.get("name"), function.get("description", "")
+        if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name) or name in parsed:
+            raise InvalidRequestError(
+                f"{param}.function.name must be 1 to 64 letters, digits, dots, dashes or underscores that no other tool has.",
+                param=param,
+            )
+        if not isinstance(description, str):
+            raise InvalidRequestError(f"{param}.function.description must be a string.", param=param)
+        parameters = schema(function.get("parameters", {}), f"{param}.function.parameters")
+        # The order of the keys is that in which the models were shown them.
+        shown = {"name": name, "description": description, "parameters": parameters or NO_PARAMETERS}
+        parsed[name] = {"type": "function", "function": shown}
+    return list(parsed.values())
+
+
+def parse_tool_choice(value: Any, tools: Sequence[dict[str, Any]]) -> ToolChoice:
+    """What is to be done with the tools: "auto" if nothing is said of them, "none" without any.
+
+    Raises:
+        InvalidRequestError: It is no such thing, or names a tool that is not there.
+    """
+    if value is None:
+        return ToolChoice("auto" if tools else "none")
+    if value in ("none", "auto", "required"):
+        if value == "required" and not tools:
+            raise InvalidRequestError("tool_choice is required, but there are no tools.", param="tool_choice")
+        return ToolChoice(value if tools else "none")
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict):
+        raise InvalidRequestError(
+            'tool_choice must be none, auto, required, or {"type": "function", "function": {"name": …}}.', param="tool_choice"
+        )
+    if function.get("name") not in [tool["function"]["name"] for tool in tools]:
+        raise InvalidRequestError("tool_choice names a function that is not among the tools.", param="tool_choice")
+    return ToolChoice("named", function["name"])
+
+
+def parse_response_format(value: Mapping[str, Any]) -> StructuredOutput | None:
+    """What the answer's text must be.
+
+    Raises:
+        InvalidRequestError: It is none of OpenAI's formats.
+    """
+    kind = choice(given(value), "type", ("text", "json_object", "json_schema"), "text")
+    if kind == "json_object":
+        return StructuredOutput(json_object=True)
+    if kind == "json_schema":
+        described = mapping(value, "json_schema")
+        return StructuredOutput(json_schema=schema(described.get("schema", {}), "response_format.json_schema.schema"))
+    return None
+
+
+def with_structure(
+    params: SamplingParams,
+    structured: StructuredOutput | None,
+    tools: Sequence[dict[str, Any]],
+    tool_choice: ToolChoice,
+    max_calls: int,
+) -> SamplingParams:
+    """The parameters with what response format and tool choice ask of the text.
+
+    Raises:
+        InvalidRequestError: They ask for two things at once.
+    """
+    if tool_choice.is_forced:
+        # An answer that must be a call is no answer in that format; OpenAI lets the call win too.
+        structured = StructuredOutput(json_schema=forced_schema(tools, tool_choice, max_calls))
+    if structured is None:
+        return params
+    if params.structured is not None:
+        raise InvalidRequestError(
+            "structured says what the text must be, and so does response_format or tool_choice. Send one.", param="structured"
+        )
+    return replace(params, structured=structured)
+
+
+def forced_schema(tools: Sequence[dict[str, Any]], tool_choice: ToolChoice, max_calls: int) -> dict[str, Any]:
+    """What an answer that must call tools looks like: a list of calls, or the arguments of the one that is named."""
+    functions = [tool["function"] for tool in tools]
+    arguments = {f["name"]: f["parameters"] for f in functions}
+    # An object of which nothing is said may have anything in it; a model that must write one may never come to its end.
+    arguments = {n: {**s, "additionalProperties": False} if s == NO_PARAMETERS else s for n, s in arguments.items()}
+    if tool_choice.mode == "named":
+        return dict(arguments[tool_choice.name])
+    definitions = {str(number): _moved(s, f"#/$defs/{number}") for number, s in enumerate(arguments.values())}
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for number, function in enumerate(functions)
+    ]
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": max_calls, "$defs": definitions}
+
+
+def _moved(value: Any, place: str) -> Any:
+    """A schema whose references to its own parts say where these are now."""
+    if isinstance(value, list):
+        return [_moved(item, place) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: place + item[1:] if key == "$ref" and isinstance(item, str) and item.startswith("#") else _moved(item, place)
+        for key, item in value.items()
+    }
+
+
+def _top_logprobs(values: Mapping[str, Any]) -> int | None:
+    wanted, number = flag(values, "logprobs"), values.get("top_logprobs")
+    if number is None:
+        return 0 if wanted else None
+    if type(number) is not int or not 0 <= number <= MAX_TOP_LOGPROBS:
+        raise InvalidRequestError(f"top_logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}.", param="top_logprobs")
+    if not wanted and number:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    return number if wanted else None
+
+
+def _template_variables(values: Mapping[str, Any]) -> dict[str, Any]:
+    variables = mapping(values, "chat_template_kwargs")
+    if len(variables) > MAX_TEMPLATE_VARIABLES or not all(
+        isinstance(value, (str, int, float)) and len(str(value)) <= 256 for value in variables.values()
+    ):
+        raise InvalidRequestError(
+            f"chat_template_kwargs must have at most {MAX_TEMPLATE_VARIABLES} entries, short strings, numbers or booleans.",
+            param="chat_template_kwargs",
+        )
+    return variables

@@ -1,0 +1,115 @@
+"""Reads single fields of a request's JSON, and names the one that is at fault. It knows no endpoint.
+
+A null stands for the default everywhere: `given` drops it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from cacheflow.errors import InvalidRequestError
+from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS
+
+MAX_STOP_STRINGS = 4
+"""OpenAI's limit."""
+MAX_SCHEMA_BYTES = MAX_STRUCTURE_BYTES
+"""Longest JSON schema of a response format or a tool."""
+
+
+def given(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are there and not null."""
+    return {name: value for name, value in document.items() if value is not None}
+
+
+def ignored(document: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The names that mean nothing to an endpoint that reads `known` and the sampling parameters."""
+    return [name for name in document if name not in known and name not in SAMPLING_FIELDS]
+
+
+def flag(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false.
+
+    Raises:
+        InvalidRequestError: It is neither.
+    """
+    value = values.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} must be true or false.", param=name)
+    return value
+
+
+def string(values: Mapping[str, Any], name: str) -> str | None:
+    """A field that is text, or None.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    value = values.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be a string.", param=name)
+    return value
+
+
+def choice(values: Mapping[str, Any], name: str, allowed: Collection[str], default: str) -> str:
+    """A field that is one of a few words.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    value = values.get(name, default)
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidRequestError(f"{name} must be one of {', '.join(allowed)}.", param=name)
+    return value
+
+
+def mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that is a JSON object; empty if it is left out.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    value = values.get(name, {})
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{name} must be an object.", param=name)
+    return value
+
+
+def include_usage(values: Mapping[str, Any], stream: bool) -> bool:
+    """Whether `stream_options` asks for the token counts at a stream's end.
+
+    Raises:
+        InvalidRequestError: It is no such object, or there is no stream.
+    """
+    options = mapping(values, "stream_options")
+    if options and not stream:
+        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    return flag(given(options), "include_usage")
+
+
+def check_stop(values: Mapping[str, Any]) -> None:
+    """Holds `stop` to OpenAI's limit; its strings are checked with the sampling parameters.
+
+    Raises:
+        InvalidRequestError: It has too many strings.
+    """
+    stop = values.get("stop")
+    if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", param="stop")
+
+
+def schema(value: Any, param: str) -> dict[str, Any]:
+    """A JSON schema, of which only the size is checked here; what it says is the engine's to refuse.
+
+    Raises:
+        InvalidRequestError: It is no object, or too long.
+    """
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{param} must be a JSON schema, which is an object.", param=param)
+    num_bytes = len(json.dumps(value).encode())
+    if num_bytes > MAX_SCHEMA_BYTES:
+        raise InvalidRequestError(
+            f"{param} is {num_bytes} bytes long; a schema may have at most {MAX_SCHEMA_BYTES}. Send a simpler one.", param=param
+        )
+    return value
