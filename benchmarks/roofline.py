@@ -96,7 +96,7 @@ def bound_s(items: list[Item], n: int, shape: Shape, limits: Limits) -> float:
     attention = 4 * shape.layers * shape.heads * shape.head_size
     shared = len(os.path.commonprefix([item.prompt_token_ids for item in items])) if len(items) > 1 else 0
     new = [len(item.prompt_token_ids) - (shared if i else 0) for i, item in enumerate(items)]
-    flop = 2 * shape.body * sum(new) + 2 * shape.head * len(items)
+    flop: float = 2 * shape.body * sum(new) + 2 * shape.head * len(items)
     for item, count in zip(items, new, strict=True):
         length = len(item.prompt_token_ids)
         flop += attention * count * (2 * length - count) / 2

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from record import surroundings, write
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
 from cacheflow.interfaces import AttentionSpec, Capacity, ModelSpec, Sample, Step, StepOutput
 from cacheflow.types import EngineRequest, ModelInfo, SamplingParams, TokenizerData
 from cacheflow.worker.batch import build_input
-from record import surroundings, write
 
 PROMPT_TOKENS, NUM_BLOCKS, BLOCK_SIZE = 128, 20_000, 16
 
@@ -35,6 +35,11 @@ class Idle:
     def __init__(self) -> None:
         self.step: Step | None = None
 
+    @classmethod
+    def supports(cls, config: EngineConfig) -> tuple[str, ...]:
+        """Everything."""
+        return ()
+
     def start(self, config: EngineConfig) -> Capacity:
         """Pretends to have loaded a model."""
         spec = ModelSpec(
@@ -43,7 +48,8 @@ class Idle:
         )  # fmt: skip
         info = ModelInfo(
             model="none", architecture="None", dtype="float32", vocab_size=1000, max_model_len=8192,
-            max_num_seqs=config.max_num_seqs, tokenizer=TokenizerData(tokenizer_json="{}", eos_token_ids=[7]), engine_version="0",
+            max_num_seqs=config.max_num_seqs, tokenizer=TokenizerData(tokenizer_json="{}", eos_token_ids=[7]),
+            engine_version="0",
         )  # fmt: skip
         return Capacity(num_blocks=NUM_BLOCKS, spec=spec, info=info)
 

@@ -4,7 +4,7 @@
     python benchmarks/startup.py --rounds 5 --output benchmarks/results/startup.jsonl
 
 "Cold" means a new process each time; the system's file cache is as it is. Memory is the resident size of all processes of a
-server that answered one request, with 64 MiB of KV cache. Distributions are those that cacheflow-engine and cacheflow-openai
+server that answered one request, with 256 MiB of KV cache. Distributions are those that cacheflow-engine and cacheflow-openai
 need, themselves included, found by their declared requirements in this environment: pins for development don't count.
 """
 
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.error import URLError
@@ -31,7 +30,7 @@ IMPORT = "import time; s = time.perf_counter(); import cacheflow; print(time.per
 FIRST_TOKEN = """
 import time; s = time.perf_counter()
 from cacheflow import LLM, SamplingParams
-llm = LLM("demo", kv_cache_memory=0.0625)
+llm = LLM("demo", kv_cache_memory=0.25)
 llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)
 print(time.perf_counter() - s)
 """
@@ -53,7 +52,7 @@ def serve() -> tuple[float, float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["serve", "openai", "--model", "demo", "--kv-cache-memory", "0.0625", "--host", "127.0.0.1", "--port", str(port)]
+    command = ["serve", "openai", "--model", "demo", "--kv-cache-memory", "0.25", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}/v1"
     started_s = time.perf_counter()
     process = subprocess.Popen(
@@ -76,21 +75,28 @@ def serve() -> tuple[float, float]:
             answer.read()
         return ready_s, resident_mb(process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def resident_mb(session: int) -> float:
-    """Proportional size of all processes of a session: pages that several share count once."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
+        # A polite end first: it then ends its engine, which is in a session of its own.
+        process.terminate()
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                sizes = re.findall(r"^Pss: +(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-                total += int(sizes[0])
-        except OSError:
-            continue
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def resident_mb(root: int) -> float:
+    """Proportional size of a process and all that it started: pages that several share count once."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    total, members = 0, [root]
+    while members:
+        member = members.pop()
+        members += [child for child, parent in parents.items() if parent == member]
+        with suppress(OSError):
+            sizes = re.findall(r"^Pss: +(\d+) kB", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
+            total += int(sizes[0])
     return total / 1000
 
 

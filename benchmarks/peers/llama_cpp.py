@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-import llama_cpp as ll
+import llama_cpp as ll  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 from record import Item
 

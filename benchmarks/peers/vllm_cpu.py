@@ -23,7 +23,7 @@ SETTINGS = {
 
 def load() -> Run:
     """Takes 80 to 110 s: it compiles at every start."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
     folder = Path(sys.argv[1])
     llm = LLM(model=str(folder / "hf"), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=2048, seed=0)

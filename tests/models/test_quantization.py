@@ -36,7 +36,8 @@ def logits_of(loaded: LoadedModel) -> torch.Tensor:
     heads = loaded.spec.num_heads // loaded.spec.num_kv_heads
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return q + v.unflatten(-1, (-1, loaded.spec.head_size)).repeat_interleave(heads, dim=1).flatten(1)
+        spread: torch.Tensor = v.unflatten(-1, (-1, loaded.spec.head_size)).repeat_interleave(heads, dim=1).flatten(1)
+        return q + spread
 
     with torch.inference_mode():
         tokens = torch.arange(4, 36)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cacheflow.asgi import BodyTimeoutError
 from cacheflow.edge import EdgeOptions, Guard
 from cacheflow.errors import ConfigError
 
@@ -181,6 +182,73 @@ def test_a_body_is_refused_by_its_stated_length() -> None:
 def test_a_body_of_unstated_length_is_cut_off() -> None:
     with pytest.raises(Exception, match="over 2000 bytes"):
         ask(EdgeOptions(max_body_bytes=2000), parts=(b"a" * 1500, b"a" * 501))
+
+
+@pytest.mark.parametrize("num_parts", [0, 5])
+def test_a_body_that_does_not_end_in_time_is_given_up(num_parts: int) -> None:
+    async def receive() -> Any:
+        nonlocal num_parts
+        num_parts -= 1
+        if num_parts < 0:
+            await asyncio.get_running_loop().create_future()
+        return {"type": "http.request", "body": b"a", "more_body": True}
+
+    guard = Guard(echo, EdgeOptions(receive_timeout=0.1))
+    with pytest.raises(BodyTimeoutError, match=r"within 0\.1 s"):
+        asyncio.run(guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, None))  # type: ignore[arg-type]
+
+
+def test_after_the_body_a_client_may_be_silent_for_as_long_as_the_answer_takes() -> None:
+    async def wait_for_the_end(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+
+    messages = [{"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        if len(messages) == 1:
+            await asyncio.sleep(0.2)  # Twice what a body may take.
+        return messages.pop(0)
+
+    guard = Guard(wait_for_the_end, EdgeOptions(receive_timeout=0.1))
+    asyncio.run(guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, None))  # type: ignore[arg-type]
+    assert messages == []
+
+
+def test_every_answer_has_an_id_of_its_own_those_to_refused_requests_too() -> None:
+    options = EdgeOptions(api_key=("k",))
+    answers = [ask(options, **headers) for headers in ({}, {"authorization": "Bearer k"}, {"host": "evil.example"}) * 2]
+    assert {answer.status for answer in answers} == {200, 401, 403}
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 6
+
+
+@pytest.mark.parametrize("given", ["abc-123", "A.b:c_9", "a" * 64])
+def test_a_clients_own_id_stands_on_the_answer_and_is_made_unique_for_the_engine(given: str) -> None:
+    known = []
+
+    async def note(scope: Any, receive: Any, send: Any) -> None:
+        known.append(scope["state"]["request_id"])
+        await echo(scope, receive, send)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"x-request-id", given.encode())]}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for _ in range(2):
+        asyncio.run(Guard(note, EdgeOptions())(dict(scope), receive, send))
+    assert (b"x-request-id", given.encode()) in sent[0]["headers"]
+    assert known[0] != known[1]
+    assert all(name.startswith(f"{given}-") and len(name) < 100 for name in known)
+
+
+@pytest.mark.parametrize("given", ["a" * 65, "a b", "a\tb", "ä", "<b>"])
+def test_an_id_that_is_none_is_not_repeated(given: str) -> None:
+    assert ask(EdgeOptions(), x_request_id=given).headers["x-request-id"] != given
 
 
 def test_keys_come_from_a_file_and_the_environment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

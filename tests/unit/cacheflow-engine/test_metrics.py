@@ -85,6 +85,26 @@ def test_a_finished_request_counts_in_every_histogram() -> None:
     assert found['cacheflow:request_success_total{finished_reason="length",model_name="tiny"}'] == 1
 
 
+def test_an_embedding_counts_with_its_time_and_prompt_and_in_no_histogram_of_texts() -> None:
+    metrics = Metrics(INFO)
+    asked = EngineRequest(
+        request_id="r", prompt_token_ids=[1, 2, 3], params=SamplingParams(max_tokens=1), arrival_s=0.0, task="embed"
+    )
+    with metrics.request(asked) as timer:
+        timer.finish("stop")
+    found = exposition(metrics)
+    counts = {name.partition("{")[0]: value for name, value in found.items() if "_count{" in name and value}
+    assert counts == {"cacheflow:e2e_request_latency_seconds_count": 1, "cacheflow:request_prompt_tokens_count": 1}
+    assert found['cacheflow:request_success_total{finished_reason="stop",model_name="tiny"}'] == 1
+
+
+def test_no_series_tells_when_it_began() -> None:
+    metrics = Metrics(INFO)
+    with metrics.request(request()) as timer:
+        deliver(timer, 1, 1, "stop")
+    assert not [name for name in exposition(metrics) if "_created" in name]
+
+
 def test_the_engines_numbers_have_the_fields_names() -> None:
     found = exposition(Metrics(INFO))
     expected = {

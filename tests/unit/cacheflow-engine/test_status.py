@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cacheflow import status
 from cacheflow.edge import EdgeOptions
 from cacheflow.entrypoints.launch import _Door
 from cacheflow.errors import EngineDeadError
@@ -77,6 +78,19 @@ def test_statistics_are_the_engines_counts_and_the_recent_latencies() -> None:
     assert document["model"] == "tiny"
     assert document["engine"]["num_running"] == 1
     assert document["latency"]["ttft_s"] is None
+
+
+@pytest.mark.parametrize("path", ["/stats", "/stats/view"])
+def test_a_reading_that_a_long_step_holds_up_is_given_up(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    class Busy(Engine):
+        async def stats(self) -> EngineStats:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+        view = stats
+
+    monkeypatch.setattr(status, "READING_TIMEOUT_S", 0.05)
+    answer = ask(StatusRoutes(app_behind, Busy()), path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
 
 
 def test_only_get_is_possible_and_a_head_has_no_body() -> None:

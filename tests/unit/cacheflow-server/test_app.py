@@ -281,6 +281,28 @@ def test_an_error_of_ours_that_nobody_foresaw_tells_nothing_and_carries_cors_hea
     assert "server's log" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_engine_knows_a_request_by_the_id_that_its_answer_has(engine: Any, app_client: Any, stream: bool) -> None:
+    known = []
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+        def generate(self, prompt: Any, params: Any, request_id: str) -> Any:
+            known.append(request_id)
+            return engine.generate(prompt, params, request_id)
+
+    client = app_client(SimpleFrontend.create_app(Noting(), SimpleOptions()))  # type: ignore[arg-type]
+    asked = {"prompt": "a", "max_tokens": 2, "stream": stream}
+    drawn = client.post("/generate", json=asked)
+    given = [client.post("/generate", json=asked, headers={"x-request-id": "mine"}) for _ in range(2)]
+    assert [answer.status_code for answer in (drawn, *given)] == [200, 200, 200]
+    assert known[0] == drawn.headers["x-request-id"]
+    assert [answer.headers["x-request-id"] for answer in given] == ["mine", "mine"]
+    assert all(name.startswith("mine-") for name in known[1:])
+
+
 def test_the_page_needs_no_key_and_everything_else_does(engine: Any, app_client: Any) -> None:
     client = app_client(SimpleFrontend.create_app(engine, SimpleOptions(api_key=("k",))))
     page = client.get("/")

@@ -34,6 +34,13 @@ class BodyTooLargeError(InvalidRequestError):
         super().__init__(f"The request body is over {max_bytes} bytes. Send fewer or shorter prompts at a time.")
 
 
+class BodyTimeoutError(InvalidRequestError):
+    """A request body that was not there within `timeout_s`. Answered with 408."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"The request body did not arrive within {timeout_s:g} s.")
+
+
 @dataclass(frozen=True)
 class ErrorAnswer:
     """How an error is told over HTTP.
@@ -59,6 +66,9 @@ def answer_for(error: Exception) -> ErrorAnswer:
     text = str(error)
     if isinstance(error, ClientGoneError):
         return ErrorAnswer(499, error_document(text, "invalid_request_error", code="client_gone"))
+    if isinstance(error, BodyTimeoutError):
+        document = error_document(text, "invalid_request_error", code="request_timeout")
+        return ErrorAnswer(408, document, {"connection": "close"})  # Its rest may come yet, which is no next request.
     if isinstance(error, InvalidRequestError):
         status = 413 if isinstance(error, BodyTooLargeError) else 400
         return ErrorAnswer(status, error_document(text, "invalid_request_error", error.param))

@@ -24,7 +24,16 @@ from cacheflow.text.assembler import RequestAssembler
 from cacheflow.text.embedding import embedding_output
 from cacheflow.text.requests import make_embed_request, make_request
 from cacheflow.text.tokenizer import Tokenizer
-from cacheflow.types import EmbeddingOutput, EngineRequest, EngineStats, EngineView, ModelInfo, RequestOutput, SamplingParams
+from cacheflow.types import (
+    FINISH_STOP,
+    EmbeddingOutput,
+    EngineRequest,
+    EngineStats,
+    EngineView,
+    ModelInfo,
+    RequestOutput,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +222,12 @@ class AsyncLLMServer:
             client_id=self._client.client_id,
         )
         request = await asyncio.to_thread(make) if text is not None and len(text) > LONG_TEXT else make()
-        async with contextlib.aclosing(self._client.submit(request)) as updates:
-            update = await anext(updates)
-        return embedding_output(request, update, text, normalize=normalize)
+        with self.metrics.request(request) as timer:
+            async with contextlib.aclosing(self._client.submit(request)) as updates:
+                update = await anext(updates)
+            output = embedding_output(request, update, text, normalize=normalize)
+            timer.finish(FINISH_STOP)
+        return output
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives a last output with the finish reason "abort". An unknown id is ignored."""

@@ -6,9 +6,12 @@ are open, and no engine.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import os
+import re
+import secrets
 import socket
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import Any
 
 from cacheflow.asgi import (
     App,
+    BodyTimeoutError,
     BodyTooLargeError,
     ErrorAnswer,
     Receive,
@@ -36,6 +40,9 @@ METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
 PREFLIGHT_SECONDS = "600"
 MAX_KEY_FILE_BYTES = 65536
 MAX_SHOWN = 64
+REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, retry-after"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,9 @@ class EdgeOptions:
     allowed_headers: tuple[str, ...] = option(("*",), "With these HTTP headers.")
     max_body_bytes: int = option(8 * 2**20, "The largest request body.", minimum=1024, unit="bytes")
     max_header_bytes: int = option(16384, "The most that a request's headers may have together.", minimum=1024, unit="bytes")
+    receive_timeout: float = option(
+        60.0, "How long a client may take to send a request's headers, and then its body.", minimum=0.1, unit="s"
+    )
     metrics_port: int | None = option(
         None, "Serve /metrics and /health on this port too, without a key; 0 takes a free one.", minimum=0, maximum=65535
     )
@@ -105,6 +115,10 @@ class Guard:
     It answers all others itself, in this order: too large headers 431, a Host that is not this server's 403, a web page of
     another origin 403 (CORS preflights of allowed origins are answered here too), no valid key 401 on every path that is not
     named open, a too large body 413. All answers to allowed origins carry CORS headers, those to errors included.
+    A body that takes too long, or turns out to be too large, ends `app`'s `receive` with an `InvalidRequestError`.
+
+    Every answer has the header `x-request-id`: the client's own, or one that is drawn. `scope["state"]["request_id"]` is what
+    the engine should know the request as: it is that id, made unique where it is a client's.
     """
 
     def __init__(self, app: App, options: EdgeOptions, open_paths: Iterable[str] = ("/health", "/health/ready")) -> None:
@@ -131,6 +145,12 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = _Headers(scope["headers"])
+        request_id = headers.get(REQUEST_ID_HEADER) or ""
+        is_given = REQUEST_ID.fullmatch(request_id) is not None
+        if not is_given:
+            request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = f"{request_id}-{secrets.token_hex(4)}" if is_given else request_id
+        send = _with_headers(send, {REQUEST_ID_HEADER: request_id})
         origin = headers.get("origin")
         is_foreign = origin is not None and origin.partition("://")[2].lower() != (headers.get("host") or "").lower()
         refused = self._refuse_sender(scope, headers, origin if is_foreign else None)
@@ -146,7 +166,7 @@ class Guard:
         if refused is not None:
             await send_error(send, refused)
             return
-        await self._app(scope, _bounded(receive, self._options.max_body_bytes), send)
+        await self._app(scope, _bounded(receive, self._options.max_body_bytes, self._options.receive_timeout), send)
 
     def _refuse_sender(self, scope: Any, headers: _Headers, foreign_origin: str | None) -> ErrorAnswer | None:
         num_bytes = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
@@ -198,7 +218,11 @@ class Guard:
     def _cors_headers(self, origin: str) -> dict[str, str]:
         options = self._options
         is_any = "*" in options.allowed_origins and not options.allow_credentials
-        headers = {"access-control-allow-origin": "*" if is_any else origin, "vary": "Origin"}
+        headers = {
+            "access-control-allow-origin": "*" if is_any else origin,
+            "access-control-expose-headers": EXPOSED_HEADERS,
+            "vary": "Origin",
+        }
         if options.allow_credentials:
             headers["access-control-allow-credentials"] = "true"
         return headers
@@ -284,16 +308,24 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _bounded(receive: Receive, max_bytes: int) -> Receive:
-    """`receive`, which raises once the body has become too large."""
+def _bounded(receive: Receive, max_bytes: int, timeout_s: float) -> Receive:
+    """`receive`, which raises once the body has become too large, or is not there in time."""
     num_bytes = 0
+    is_whole = False
+    end_s = asyncio.get_running_loop().time() + timeout_s
 
     async def receive_bounded() -> MutableMapping[str, Any]:
-        nonlocal num_bytes
-        message = await receive()
+        nonlocal num_bytes, is_whole
+        if is_whole:
+            return await receive()  # What comes now is that the client has gone, some day.
+        try:
+            message = await asyncio.wait_for(receive(), end_s - asyncio.get_running_loop().time())
+        except asyncio.TimeoutError:
+            raise BodyTimeoutError(timeout_s) from None
         num_bytes += len(message.get("body", b""))
         if num_bytes > max_bytes:
             raise BodyTooLargeError(max_bytes)
+        is_whole = not message.get("more_body", False)
         return message
 
     return receive_bounded

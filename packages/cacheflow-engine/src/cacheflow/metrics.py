@@ -118,7 +118,7 @@ class Metrics:
             self._reading.stats = await asyncio.wait_for(server.stats(), ENGINE_TIMEOUT_S)
         except (EngineDeadError, asyncio.TimeoutError):
             self._reading.stats = None
-        return generate_latest(self._registry)
+        return generate_latest(_WithoutCreated(self._registry))
 
     def summary(self) -> dict[str, Any]:
         """The last minute: percentiles of TTFT, ITL and E2E in seconds (null where there was nothing), and tokens/s."""
@@ -162,6 +162,11 @@ class RequestTimer:
         self._start_s = time.perf_counter()
         return self
 
+    def finish(self, reason: str) -> None:
+        """The request has ended, and why."""
+        self._end_s = time.perf_counter()
+        self._finish_reason = reason
+
     def update(self, update: RequestUpdate, output: RequestOutput) -> None:
         """Tokens have come, or the end."""
         num_new = sum(len(sequence.new_token_ids) for sequence in update.sequences)
@@ -179,9 +184,8 @@ class RequestTimer:
             self._last_s = now
             self._num_tokens += num_new
         if output.finished:
-            self._end_s = time.perf_counter()
             self._longest = max((len(sequence.token_ids) for sequence in output.outputs), default=0)
-            self._finish_reason = next((s.finish_reason for s in output.outputs if s.finish_reason), FINISH_ABORT)
+            self.finish(next((s.finish_reason for s in output.outputs if s.finish_reason), FINISH_ABORT))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         metrics = self._metrics
@@ -199,13 +203,15 @@ class RequestTimer:
         metrics.count("request_success", self._finish_reason)
         if self._finish_reason in (FINISH_ABORT, FINISH_ERROR):
             return
-        params = self._request.params
         metrics.observe("e2e_request_latency_seconds", self._end_s - self._start_s)
         metrics.note("e2e_s", self._end_s - self._start_s)
         if self._longest > 1 and self._last_s > self._first_s:
             mean_s = (self._last_s - self._first_s) / (self._longest - 1)
             metrics.observe("request_time_per_output_token_seconds", mean_s)
         metrics.observe("request_prompt_tokens", len(self._request.prompt_token_ids))
+        if self._request.task == "embed":
+            return  # What follows is of texts.
+        params = self._request.params
         metrics.observe("request_generation_tokens", self._num_tokens)
         metrics.observe("request_params_n", params.n)
         if params.max_tokens is not None:
@@ -227,6 +233,18 @@ class _Recent:
             return None
         last = len(values) - 1
         return {f"p{rank}": values[round(last * rank / 100)] for rank in (50, 90, 99)} | {"num_samples": len(values)}
+
+
+class _WithoutCreated:
+    """A registry without the times at which each of its series began, which nobody asks for and which double their number."""
+
+    def __init__(self, registry: Any) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Any]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 class _EngineReading:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +54,10 @@ class Spans:
         finally:
             self._spans.append((name, start, perf_counter_ns() - start))
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
         """`function`, each of whose calls is recorded."""
 
-        def call(*arguments: Any, **named: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Result:
             start = perf_counter_ns()
             result = function(*arguments, **named)
             self._spans.append((name, start, perf_counter_ns() - start))

@@ -5,6 +5,7 @@ Plain ASGI, so it needs no web framework. It knows an engine as an `AsyncLLMServ
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Collection, MutableMapping
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 JSON_TYPE = "application/json"
-
+READING_TIMEOUT_S = 10.0
+"""How long the engine has for a reading; it gives them between two steps."""
 
 PATHS = ("/health", "/health/ready", "/metrics", "/stats", "/stats/view")
 OPEN_PATHS = ("/health", "/health/ready", "/metrics")
@@ -61,6 +63,9 @@ class StatusRoutes:
                 await send_answer(send, 200, JSON_TYPE, json.dumps(await self._reading(path)).encode())
         except CacheflowError as error:
             await send_error(send, answer_for(error))
+        except asyncio.TimeoutError:
+            message = f"The engine gave no reading within {READING_TIMEOUT_S:g} s: its step takes longer. Try again later."
+            await send_error(send, ErrorAnswer(503, error_document(message, "server_error", code="engine_unavailable")))
 
     def _why_not_ready(self) -> str | None:
         if self._engine.is_draining:
@@ -70,10 +75,10 @@ class StatusRoutes:
     async def _reading(self, path: str | None) -> Any:
         engine = self._engine
         if path == "/stats":
-            stats = dataclasses.asdict(await engine.stats())
-            return {"model": engine.model_info.model, "engine": stats, "latency": engine.metrics.summary()}
+            stats = await asyncio.wait_for(engine.stats(), READING_TIMEOUT_S)
+            return {"model": engine.model_info.model, "engine": dataclasses.asdict(stats), "latency": engine.metrics.summary()}
         if path == "/stats/view":
-            return dataclasses.asdict(await engine.view())
+            return dataclasses.asdict(await asyncio.wait_for(engine.view(), READING_TIMEOUT_S))
         return {"status": "ready" if path == "/health/ready" else "alive"}
 
 

@@ -52,16 +52,60 @@ def string(values: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def choice(values: Mapping[str, Any], name: str, allowed: Collection[str], default: str) -> str:
+def whole(values: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int | None:
+    """A field that is a whole number from `low` to `high`, or None.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    value = values.get(name)
+    # `type`, because a bool is an int too.
+    if value is not None and (type(value) is not int or value < low or (high is not None and value > high)):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InvalidRequestError(f"{name} must be a whole number {allowed}.", param=name)
+    return value
+
+
+def choice(values: Mapping[str, Any], name: str, allowed: Collection[str], default: str, place: str = "") -> str:
     """A field that is one of a few words.
+
+    Args:
+        values: The fields.
+        name: Of this one.
+        allowed: The words.
+        default: If it is left out.
+        place: What stands before the name if `values` are not those of the whole request, such as "messages[0].".
 
     Raises:
         InvalidRequestError: It is something else.
     """
     value = values.get(name, default)
     if not isinstance(value, str) or value not in allowed:
-        raise InvalidRequestError(f"{name} must be one of {', '.join(allowed)}.", param=name)
+        raise InvalidRequestError(f"{place}{name} must be one of {', '.join(allowed)}.", param=f"{place}{name}")
     return value
+
+
+def texts_or_ids(values: Mapping[str, Any], name: str, most: int) -> list[str | list[int]]:
+    """A field that is a text, a list of token ids, or a list of either: always as a list of them.
+
+    Raises:
+        InvalidRequestError: It is something else, is missing, or has more than `most` entries.
+    """
+    value = values.get(name)
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list) or not value or not all(isinstance(entry, str) or is_ids(entry) for entry in value):
+        raise InvalidRequestError(f"{name} must be a string, a list of token ids, or a list of either.", param=name)
+    if len(value) > most:
+        raise InvalidRequestError(
+            f"{name} has {len(value)} entries; at most {most} go into one request. Send several.", param=name
+        )
+    return value
+
+
+def is_ids(value: Any) -> bool:
+    """Whether it is a list of whole numbers."""
+    return isinstance(value, list) and all(type(i) is int for i in value)
 
 
 def mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:

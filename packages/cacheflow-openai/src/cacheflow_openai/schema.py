@@ -55,7 +55,7 @@ def parse(document: dict[str, Any]) -> CompletionRequest:
     Raises:
         InvalidRequestError: Naming the first field that is missing or out of its range.
     """
-    given = given_fields(document)
+    given_values = given(document)
     if given.get("suffix"):
         raise InvalidRequestError("suffix is not supported: this model completes texts at their end only.", param="suffix")
     check_stop(given)
@@ -86,20 +86,3 @@ def parse(document: dict[str, Any]) -> CompletionRequest:
         cache_salt=string(given, "cache_salt") or "",
         ignored=ignored(document, OWN_FIELDS),
     )
-
-
-def _prompts(prompt: Any) -> list[str | list[int]]:
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
-        prompt = [prompt]
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(p, str) or is_ids(p) for p in prompt):
-        raise InvalidRequestError("prompt must be a string, a list of token ids, or a list of either.", param="prompt")
-    if len(prompt) > MAX_PROMPTS:
-        raise InvalidRequestError(
-            f"prompt has {len(prompt)} entries; at most {MAX_PROMPTS} go into one request. Send several.", param="prompt"
-        )
-    return prompt
-
-
-def is_ids(value: Any) -> bool:
-    """Whether it is a list of whole numbers."""
-    return isinstance(value, list) and all(type(i) is int for i in value)  # `type`, because a bool is an int too.

@@ -90,7 +90,7 @@ class AnswerStream(Response):
         return json.dumps(document, ensure_ascii=False).encode() + b"\0"
 
 
-async def answers(engine: AsyncLLMServer, asked: GenerateRequest) -> AsyncGenerator[Answer, None]:
+async def answers(engine: AsyncLLMServer, asked: GenerateRequest, request_id: str) -> AsyncGenerator[Answer, None]:
     """The answer so far, whenever it has grown.
 
     Raises:
@@ -98,7 +98,7 @@ async def answers(engine: AsyncLLMServer, asked: GenerateRequest) -> AsyncGenera
     """
     prompt = asked.prompt if isinstance(asked.prompt, str) else None
     written: dict[int, list[dict[str, Any]]] = {}
-    async with aclosing(engine.generate(asked.prompt, asked.params)) as outputs:
+    async with aclosing(engine.generate(asked.prompt, asked.params, request_id)) as outputs:
         async for output in outputs:
             if output.error is not None:
                 raise RequestFailedError(output.error)

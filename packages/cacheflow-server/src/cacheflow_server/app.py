@@ -52,7 +52,7 @@ class SimpleFrontend:
             """Generates texts for a prompt."""
             asked = parse(await read_json_object(request.receive, options.max_body_bytes))
             has_events = EVENT_STREAM in request.headers.get("accept", "")
-            parts = answers(engine, asked)
+            parts = answers(engine, asked, request.state.request_id)
             if not (has_events if asked.stream is None else asked.stream):
                 answer = await while_connected(request.receive, last(parts))
                 return JSONResponse(answer.document())

@@ -165,6 +165,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
             400: "The body is no JSON object, or a field is unknown, missing or out of its range; `param` names it.",
             401: "The server has API keys, and none was sent.",
             403: "The Host or the Origin is not allowed.",
+            408: "The body did not arrive in time.",
             413: "The body is too large.",
             431: "The headers are too large.",
             500: "The request failed.",

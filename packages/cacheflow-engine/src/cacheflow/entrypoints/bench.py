@@ -7,6 +7,7 @@ command needs nothing but the package. It knows `LLM` and nothing below it.
 from __future__ import annotations
 
 import json
+import logging
 import random
 import statistics
 import time
@@ -79,6 +80,8 @@ def bench(
         options["enable_prefix_caching"] = False
     config = build(EngineConfig, options)
     given = read_workload(workload) if workload is not None else None
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cacheflow").setLevel(logging.INFO)
     from cacheflow.llm import LLM
 
     llm = LLM(**{entry.name: getattr(config, entry.name) for entry in fields(config)})

@@ -118,6 +118,7 @@ async def serve(
     import uvicorn
 
     from cacheflow.async_server import AsyncLLMServer
+    from cacheflow.entrypoints.slow_clients import timed_protocol
 
     class Server(uvicorn.Server):
         def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
@@ -132,7 +133,7 @@ async def serve(
         return Server(
             uvicorn.Config(
                 door,
-                http="h11",  # httptools has no limit on headers.
+                http=timed_protocol(edge.receive_timeout),
                 h11_max_incomplete_event_size=edge.max_header_bytes,
                 ws="none",
                 lifespan="off",

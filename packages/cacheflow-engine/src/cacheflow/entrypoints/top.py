@@ -22,7 +22,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from cacheflow.entrypoints.top_frame import History, Reading, frame
+from cacheflow.entrypoints.top_frame import History, Reading, frame, printable
 from cacheflow.errors import CacheflowError
 
 TIMEOUT_S = 5.0
@@ -127,8 +127,9 @@ class _Server:
         if response.status == 401:
             raise ServerError(f"{self._url} needs an API key: give it in CACHEFLOW_API_KEY, or with --api-key.")
         if response.status != 200:
-            message = document["error"]["message"] if isinstance(document, dict) and "error" in document else ""
-            raise ServerError(f"{self._url} answers with status {response.status}. {message}".rstrip())
+            error = document.get("error") if isinstance(document, dict) else None
+            message = str(error.get("message") or "") if isinstance(error, dict) else ""
+            raise ServerError(f"{self._url} answers with status {response.status}. {printable(message)}".rstrip())
         return document
 
 

@@ -106,7 +106,7 @@ def frame(
     """
     reading = history.newest
     if reading is None:
-        return Text(_printable(problem or ""), style="bold red")
+        return Text(printable(problem or ""), style="bold red")
     num_rows = MAX_MAP_ROWS if height is None else max(1, min(MAX_MAP_ROWS, height - ROWS_BESIDE_MAP - MIN_TABLE_ROWS))
     lines_per_row = 2 if has_colours else 1
     shown, per_cell = _cells(reading.blocks, width, lines_per_row * num_rows)
@@ -124,7 +124,7 @@ def frame(
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """What a server or its clients named, without what could steer a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
@@ -135,7 +135,7 @@ def _key(request: dict[str, Any]) -> tuple[str, str]:
 
 def _title(reading: Reading, url: str, note: str, style: str) -> Text:
     title = Text.assemble(
-        ("cacheflow", "bold"), "  ", (_printable(note), style), "  ", _printable(reading.model), "  ", (url, "dim")
+        ("cacheflow", "bold"), "  ", (printable(note), style), "  ", printable(reading.model), "  ", (url, "dim")
     )
     title.no_wrap, title.overflow = True, "ellipsis"
     return title
@@ -234,7 +234,7 @@ def _requests(reading: Reading, history: History, max_rows: int | None, has_colo
         is_running = request["is_running"]
         mark = SQUARE if has_colours else history.letter(request)
         table.add_row(
-            Text.assemble((mark, history.colour(request)), " ", _printable(request["request_id"][:12])),
+            Text.assemble((mark, history.colour(request)), " ", printable(request["request_id"][:12])),
             f"{computed}/{num_prompt}" if is_running and computed < num_prompt else str(num_prompt),
             str(request["num_output_tokens"]) if is_running else "waiting",
             str(request["num_sequences"]),

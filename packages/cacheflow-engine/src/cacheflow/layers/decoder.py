@@ -64,8 +64,10 @@ def fused_decoder(
     if make is None or not layers or any(linear.is_summed for layer in layers for linear in layer[3:]):
         return None
     parts = [
-        DecoderLayer(number, first.weight, second.weight, *(linear.product for linear in linears), sizes=linears[0].sizes)
-        for number, first, second, *linears in layers
+        DecoderLayer(
+            number, first.weight, second.weight, qkv.product, out.product, gate_up.product, down.product, tuple(qkv.sizes)
+        )
+        for number, first, second, qkv, out, gate_up, down in layers
     ]
     run: Run | None = make(parts, norm.weight, norm.eps, rotary)
     return run

@@ -175,8 +175,11 @@ class Sampler:
 
 
 def row_maxima(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row of `[num_rows, vocab_size]` the greatest logit, the first token that has it, and the log of the sum of all
-    exponentials: float32, int64 and float32, `[num_rows]` each. A row with a NaN has a normaliser that is not finite.
+    """What greedy sampling needs of each row of `[num_rows, vocab_size]`, of any float dtype.
+
+    Returns:
+        `[num_rows]` each: the greatest logit in float32, the first token that has it in int64, and the log of the sum of all
+        exponentials in float32; that is not finite in a row with a NaN.
     """
     raw = logits.float()
     values, indices = raw.max(dim=-1)

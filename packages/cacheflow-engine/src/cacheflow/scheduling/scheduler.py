@@ -89,6 +89,7 @@ class Scheduler:
         self.num_unfinished_sequences = 0
         self._token_limit = max_num_batched_tokens
         self._num_good_steps = 0
+        self._num_seats_taken = 0  # by what runs, of max_num_seqs
         self._num_arrivals = 0
         self._num_sequences = 0
         self._num_preemptions = 0
@@ -377,8 +378,7 @@ class Scheduler:
                 self._num_dead -= 1
 
     def _has_seats(self, request: Request) -> bool:
-        num_taken = sum(r.source.params.num_sequences for r in self._running)
-        return num_taken + request.source.params.num_sequences <= self._max_num_seqs
+        return self._num_seats_taken + request.source.params.num_sequences <= self._max_num_seqs
 
     def _open(self, request: Request) -> bool:
         """Tries to make a request running, with blocks for all the tokens that its first sequence has."""
@@ -394,6 +394,7 @@ class Scheduler:
             request.num_cached_tokens = request.sequences[0].num_computed_tokens
             self._num_cached_tokens += request.num_cached_tokens
         request.is_running = True
+        self._num_seats_taken += request.source.params.num_sequences
         self.num_waiting_tokens -= request.num_known_tokens
         self.num_admitted_tokens += request.num_known_tokens
         insort(self._running, request)
@@ -474,6 +475,7 @@ class Scheduler:
         self.kv = KVManager(self.kv.pool.num_blocks, self.kv.block_size)
         self._scheduled.clear()
         self._running.clear()
+        self._num_seats_taken = 0
         for request in self._requests.values():
             request.is_running = False
             for sequence in request.sequences:
@@ -617,6 +619,7 @@ class Scheduler:
             for sequence in request.sequences:
                 self._close_table(sequence)
             request.is_running = False
+            self._num_seats_taken -= request.source.params.num_sequences
             self._running.remove(request)
 
     def _open_table(self, request: Request, sequence: Sequence) -> None:

@@ -30,6 +30,8 @@ from cacheflow.worker.batch import build_input
 from cacheflow.worker.processor_context import TokenizerContext
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cacheflow.config import EngineConfig
     from cacheflow.interfaces import Architecture, AttentionBackend, ModelSpec, Sample, Step
     from cacheflow.types import Logprobs
@@ -60,7 +62,7 @@ class Runner:
         ops: Any = select_plugin("cacheflow.op_providers", config.op_provider, OpSpec(dtype=dtype, device=device))[1]
         self._spans = Spans() if config.profile or config.trace is not None else None
         provider: Any = ops(OpSpec(dtype=dtype, device=device))
-        timed = provider if self._spans is None else TimedOps(provider, self._spans)
+        timed: Any = provider if self._spans is None else TimedOps(provider, self._spans)
         loaded = load_model(files, dtype, device, timed, quantization=config.quantization)
         max_model_len = choose_max_model_len(config.max_model_len, loaded.spec)
         tokenizer = tokenizer_data(files, config)
@@ -81,7 +83,7 @@ class Runner:
         self._spec = loaded.spec
         self._backend: AttentionBackend = backend(kv_spec)
         self._span = no_span if self._spans is None else self._spans.span
-        attention = self._backend.forward
+        attention: Callable[..., torch.Tensor] = self._backend.forward
         self._attend = attention if self._spans is None else self._spans.timed("forward: attention", attention)
         context = TokenizerContext(tokenizer, loaded.spec.vocab_size)
         self._sampler = Sampler(context, getattr(provider, "row_maxima", None))

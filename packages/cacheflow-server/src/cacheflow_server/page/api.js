@@ -63,9 +63,13 @@ export const read = async (route, signal) => (await ask(route, { signal })).json
 
 export const GENERATE_HEADERS = { Accept: "text/event-stream", "Content-Type": "application/json" };
 
+/** A name for a request, under which the engine's readings have it, with more behind it. */
+export const newRequestId = () => [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+
 /** Sends `body`, a string, to /generate and yields its answers so far. Each has everything, so that only the last one counts. */
-export async function* generate(body, signal) {
-  const response = await ask("generate", { method: "POST", headers: GENERATE_HEADERS, body, signal });
+export async function* generate(body, requestId, signal) {
+  const headers = { ...GENERATE_HEADERS, "X-Request-Id": requestId };
+  const response = await ask("generate", { method: "POST", headers, body, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

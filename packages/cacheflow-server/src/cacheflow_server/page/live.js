@@ -16,6 +16,8 @@ const map = new BlockMap(element("blocks"));
 const charts = Object.fromEntries(["tokens", "ttft", "itl", "usage"].map((name) => [name, new Chart(element(`${name}-chart`))]));
 const looks = new Map();
 let marked = null;
+/** The id of the playground's newest request; the engine has it with more behind it. */
+let own = null;
 let requests = [];
 let blocks = [];
 let readings = [];
@@ -114,6 +116,10 @@ function rowOf(request, known) {
     '<td><span class="progress"><i aria-hidden="true"><b></b></i><span></span></span></td>' +
     '<td class="number"></td><td class="number"></td><td class="number"></td><td class="number"></td>';
   row.querySelector(".who span").textContent = request.request_id.slice(0, 8);
+  if (own && request.request_id.startsWith(`${own}-`)) {
+    row.classList.add("is-own");
+    row.querySelector("button").append("yours"); // In words, for a colour is not seen by all.
+  }
   row.querySelector("button").title = `Show the blocks of ${request.request_id}`;
   row.querySelector("button").addEventListener("click", () => toggleMark(key));
   paintSwatch(row.querySelector("canvas"), looks.get(key) % NUM_LOOKS);
@@ -206,6 +212,9 @@ const until = (event, target) => new Promise((resolve) => target.addEventListene
 
 export async function startLive() {
   startMap();
+  addEventListener("requeststarted", (event) => {
+    own = event.detail;
+  });
   element("pause").addEventListener("click", () => {
     isPaused = !isPaused;
     element("pause").setAttribute("aria-pressed", String(isPaused));

@@ -1,6 +1,6 @@
 // One request at a time: sends the form, shows the texts as they grow, and what went wrong.
 
-import { generate } from "./api.js";
+import { generate, newRequestId } from "./api.js";
 import { curlFor } from "./curl.js";
 import { clearMarks, markField, requestBody, startForm } from "./parameters.js";
 import { TokenText } from "./tokens.js";
@@ -88,6 +88,8 @@ async function run() {
   element("stop-button").disabled = false;
   const body = requestBody();
   const asked = JSON.parse(body);
+  const id = newRequestId();
+  dispatchEvent(new CustomEvent("requeststarted", { detail: id }));
   const choices = prepare(asked, asked.prompt);
   status.textContent = asked.use_beam_search ? "Searching; beams come together, at the end." : "Waiting for the first token.";
   const start = performance.now();
@@ -97,7 +99,7 @@ async function run() {
     showChoices(choices, latest, asked.prompt);
   };
   try {
-    for await (const answer of generate(body, running.signal)) {
+    for await (const answer of generate(body, id, running.signal)) {
       last = performance.now();
       first ??= last;
       numEvents++;

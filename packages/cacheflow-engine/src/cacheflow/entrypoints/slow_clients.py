@@ -1,0 +1,52 @@
+"""HTTP/1.1 as uvicorn speaks it, with a limit on how long a connection may take to send the headers of a request.
+
+Bodies have theirs in `cacheflow.edge`. It knows no application. It imports uvicorn, which is there where a frontend is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol  # Not httptools, which has no limit on headers.
+
+
+def timed_protocol(timeout_s: float) -> Any:
+    """What uvicorn takes as `http`: makes the protocol of a new connection."""
+    return partial(_TimedProtocol, timeout_s)
+
+
+class _TimedProtocol(H11Protocol):
+    """Cuts a connection off that is not within an answer for too long: it sent nothing, or bytes that make up no request.
+
+    Between two requests uvicorn closes a connection on which nothing comes at all, and does so sooner.
+    """
+
+    def __init__(self, timeout_s: float, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._timeout_s = timeout_s
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
+        elif self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self._timeout_s, self.transport.abort)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

@@ -1,0 +1,69 @@
+"""The CPU kernels that fuse what lies between two attention calls, against the single ops."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cacheflow.interfaces import OpSpec
+from cacheflow.layers import BuildContext
+from cacheflow.layers.quantization import LinearForms
+from cacheflow.models.llama import Llama
+from cacheflow.profile import Spans, TimedOps
+from cacheflow_kernels.cpu import library
+from cacheflow_kernels.providers import CpuOps
+
+pytestmark = pytest.mark.skipif(bool(library.reasons()), reason="needs the CPU kernels")
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": True}
+
+
+def forward(
+    dtype: torch.dtype, num_tokens: int, *, is_fused: bool, settings: dict[str, bool], form: str = "plain"
+) -> tuple[torch.Tensor, list[int]]:
+    """Hidden states of a small random model whose attention is a mixture of what it is given, and the order of its layers."""
+    provider = CpuOps(OpSpec(dtype=dtype, device=CPU))
+    # Seen op by op, a provider has no fused decoder.
+    context = BuildContext(provider if is_fused else TimedOps(provider, Spans()), dtype, CPU, forms=LinearForms(layers=form))
+    model = Llama({**Llama.TINY, **SIZES, **settings}, context)
+    random = torch.Generator().manual_seed(0)
+    for name, shape in context.shapes.items():
+        context.load(name, torch.randn(shape, generator=random) * 0.1 + (1 if "norm" in name else 0))
+    context.finish()
+    layers = []
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        layers.append(layer)
+        return q + torch.cat((k, v), dim=-1).roll(1, 0)
+
+    tokens = torch.randint(0, 99, (num_tokens,), generator=random)
+    hidden = model.forward(model.embed(tokens), torch.arange(num_tokens), attend)
+    return hidden, layers
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"])
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_decoder_gives_bit_for_bit_what_its_ops_give(
+    dtype: torch.dtype, num_tokens: int, settings: dict[str, bool]
+) -> None:
+    fused, layers = forward(dtype, num_tokens, is_fused=True, settings=settings)
+    single, _ = forward(dtype, num_tokens, is_fused=False, settings=settings)
+    assert layers == [0, 1]
+    assert torch.equal(fused, single)
+
+
+def test_products_of_another_maker_are_not_fused() -> None:
+    layer = SimpleNamespace(qkv=abs, out=abs, gate_up=abs, down=abs)
+    provider = CpuOps(OpSpec(dtype=torch.float32, device=CPU))
+    assert provider.decoder([layer], torch.ones(8), 1e-5, SimpleNamespace(cos_sin=torch.ones(2, 8))) is None
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "int8_dynamic"])
+def test_quantised_products_are_fused_to_the_same_bits(form: str) -> None:
+    fused, _ = forward(torch.bfloat16, 5, is_fused=True, settings={}, form=form)
+    single, _ = forward(torch.bfloat16, 5, is_fused=False, settings={}, form=form)
+    assert torch.equal(fused, single)

@@ -1,0 +1,115 @@
+"""Clients that take their time, on a real server whose patience is short."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+
+from cacheflow.asgi import answer_for, read_json_object, send_answer, send_error
+from cacheflow.edge import EdgeOptions, Guard
+from cacheflow.entrypoints.slow_clients import timed_protocol
+from cacheflow.errors import CacheflowError
+
+TIMEOUT_S = 0.3
+DEADLINE_S = 30.0
+OPTIONS = EdgeOptions(receive_timeout=TIMEOUT_S)
+HEAD = b"POST /%s HTTP/1.1\r\nHost: localhost\r\n"
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Reads a body, but not on /unread, and takes longer for its answer than a client may for a request."""
+    try:
+        if scope["path"] != "/unread":
+            await read_json_object(receive, 1000)
+            await asyncio.sleep(2 * TIMEOUT_S)
+        await send_answer(send, 200, "text/plain", b"done")
+    except CacheflowError as error:
+        await send_error(send, answer_for(error))
+
+
+def talk_to_server(talk: Talk) -> bytes:
+    """What the server sent to a client that talks so, until it hung up."""
+
+    async def run() -> bytes:
+        config = uvicorn.Config(Guard(app, OPTIONS), http=timed_protocol(TIMEOUT_S), lifespan="off", log_config=None, ws="none")
+        config.load()
+        state = uvicorn.server.ServerState()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: config.http_protocol_class(config=config, server_state=state, app_state={}),  # type: ignore[call-arg]
+            "127.0.0.1",
+        )
+        async with server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            try:
+                return await asyncio.wait_for(talk(reader, writer), DEADLINE_S)
+            finally:
+                writer.close()
+
+    return asyncio.run(run())
+
+
+async def dribble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Sends a byte at a time for as long as the server listens."""
+    ended = asyncio.ensure_future(reader.read(-1))
+    while not ended.done():
+        writer.write(b"a")
+        await asyncio.wait((ended,), timeout=0.02)
+    with contextlib.suppress(ConnectionError):  # It was cut off while a byte was on its way.
+        return ended.result()
+    return b""
+
+
+def test_headers_that_come_byte_by_byte_are_cut_off() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(HEAD % b"" + b"X-Slow: ")
+        return await dribble(reader, writer)
+
+    assert talk_to_server(talk) == b""
+
+
+def test_a_connection_on_which_nothing_comes_is_cut_off() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        with contextlib.suppress(ConnectionError):
+            return await reader.read(-1)
+        return b""
+
+    assert talk_to_server(talk) == b""
+
+
+def test_a_body_that_comes_byte_by_byte_is_answered_with_408() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(HEAD % b"" + b"Content-Length: 900\r\n\r\n")
+        answer = await reader.readuntil(b"}}")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in answer.lower()
+        return await dribble(reader, writer)
+
+    assert talk_to_server(talk) == b""
+
+
+def test_a_body_that_nobody_reads_may_not_go_on_for_ever_behind_its_answer() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(HEAD % b"unread" + b"Content-Length: 900\r\n\r\n")
+        await reader.readuntil(b"done")
+        return await dribble(reader, writer)
+
+    assert talk_to_server(talk) == b""
+
+
+def test_an_answer_may_take_longer_than_a_request_and_the_next_request_is_taken() -> None:
+    request = HEAD % b"" + b"Content-Length: 2\r\n\r\n{}"
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        answers = b""
+        for _ in range(2):
+            writer.write(request)
+            answers += await reader.readuntil(b"done")
+        return answers
+
+    assert talk_to_server(talk).count(b"HTTP/1.1 200 OK") == 2

@@ -1,0 +1,67 @@
+"""Profiles of steps: nothing where none is asked for, sums and a trace where one is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cacheflow.config import EngineConfig
+from cacheflow.conformance.tiny_model import write_tiny_model
+from cacheflow.llm import LLM
+from cacheflow.profile import EXECUTE, Spans, StepProfile, TimedOps, no_span
+from cacheflow.types import SamplingParams
+
+
+def test_spans_are_taken_once_and_in_their_order() -> None:
+    spans = Spans()
+    with spans.span("a"):
+        pass
+    assert spans.timed("b", int)("3") == 3
+    assert [name for name, _, _ in spans.take()] == ["a", "b"]
+    assert spans.take() == ()
+
+
+def test_the_table_has_a_worker_s_spans_inside_execute() -> None:
+    profile = StepProfile(None, is_logged=False)
+    with profile.span(EXECUTE):
+        pass
+    profile.end_step(7, [("forward", 0, 2_000_000), ("forward", 0, 1_000_000)])
+    lines = profile.table().splitlines()
+    assert lines[0] == "1 steps, 7 tokens computed"
+    execute = next(i for i, line in enumerate(lines) if line.startswith(EXECUTE))
+    assert lines[execute + 1].split()[:3] == ["forward", "2", "3.000"]
+
+
+def test_without_a_profile_a_span_is_one_shared_object() -> None:
+    assert no_span("a") is no_span("b")
+
+
+def test_a_trace_has_every_phase_of_a_step_and_nothing_else_changes(tmp_path: Path) -> None:
+    config = write_tiny_model(tmp_path)
+    params, prompts, ids = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True), [[5, 6, 7], [8, 9]], []
+    for trace in (None, str(tmp_path / "trace.json")):
+        llm = LLM(config.model, dtype="float32", use_dummy_weights=True, trace=trace, profile=trace is not None)
+        outputs = llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
+        ids.append([output.outputs[0].token_ids for output in outputs])
+        llm.close()
+        llm.close()
+    assert ids[0] == ids[1]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert names >= {"schedule", EXECUTE, "apply", "detokenise", "input", "forward", "forward: attention", "logits", "sample"}
+    assert any(name.startswith("forward: linear ") for name in names)
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_attributes_that_are_no_ops_are_passed_through() -> None:
+    class Ops:
+        name = "mine"
+
+    assert TimedOps(Ops(), Spans()).name == "mine"
+    assert TimedOps(Ops(), Spans()).decoder is None
+
+
+def test_a_profile_is_off_by_default() -> None:
+    config = EngineConfig()
+    assert not config.profile
+    assert config.trace is None
