@@ -121,7 +121,8 @@ class SimulatedExecutor:
             else [{t: -float(s.num_computed_tokens + i + 1)} for i, t in enumerate(s.scored_token_ids)]
             for s in step.sequences
         ]
-        return Result(StepOutput(samples=samples, prompt_logprobs=prompt_logprobs))
+        pooled = [[1.0] if s.pooling is not None else None for s in step.sequences]
+        return Result(StepOutput(samples=samples, prompt_logprobs=prompt_logprobs, pooled=pooled))
 
     def check(self) -> None: ...
 

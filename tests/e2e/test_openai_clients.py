@@ -64,7 +64,7 @@ def test_a_python_client_is_served(url: str, tmp_path: Path, client: str, script
     run(client_file(client, "bin/python"), CLIENTS / script, f"{url}/v1", KEY, **variables)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="there is no npm, which .ci/clients installs the client with")
 def test_the_node_client_is_served(url: str) -> None:
     folder = client_file("openai-node", "node_modules").parent
     run("node", CLIENTS / "openai_node.mjs", folder, f"{url}/v1", KEY)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import EOS, VOCAB_SIZE, SimulatedExecutor, next_scores, next_token
+from simulated import EOS, VOCAB_SIZE, Result, SimulatedExecutor, next_scores, next_token
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
-from cacheflow.errors import EngineDeadError, InvalidRequestError
-from cacheflow.interfaces import RequestView, Sample
+from cacheflow.errors import EngineDeadError, InvalidRequestError, OutOfMemoryError
+from cacheflow.interfaces import RequestView, Sample, Step, StepOutput
 from cacheflow.scheduling.beam_search import BeamSearch
 from cacheflow.scheduling.policies import Fair
 from cacheflow.scheduling.sequence import Sequence
@@ -81,6 +83,16 @@ def accepted(core: EngineCore, request: EngineRequest) -> bool:
     return True
 
 
+@dataclass
+class Failed(Result):
+    """A step that ends in an exception, Ctrl-C's included."""
+
+    error: BaseException = field(kw_only=True)
+
+    def result(self) -> StepOutput:
+        raise self.error
+
+
 prompts = st.lists(st.integers(8, 11), min_size=1, max_size=40)
 parameters = st.builds(
     lambda n, max_tokens, beam, ignore_eos, penalty, early: SamplingParams(
@@ -140,7 +152,7 @@ def test_every_accepted_request_gets_its_own_tokens(
         if not arrivals and not core.has_unfinished:
             break
         finished |= collect(outputs, core.step())
-        core.scheduler.kv.check()
+        core.scheduler.check()
     assert finished == expected.keys()
     assert {name: [got[i] for i in sorted(got)] for name, got in outputs.items()} == expected
     stats = core.stats()
@@ -170,17 +182,78 @@ def test_an_abort_frees_its_blocks_and_leaves_the_others_alone(
             if when == clock and str(number) in expected:
                 core.abort(str(number), index=index)
                 aborted.add(str(number))
-                core.scheduler.kv.check()
+                core.scheduler.check()
         if not core.has_unfinished:
             break
         finished |= collect(outputs, core.step())
-        core.scheduler.kv.check()
+        core.scheduler.check()
     assert not core.has_unfinished
     for name in expected.keys() - aborted:
         assert [outputs[name][i] for i in sorted(outputs[name])] == expected[name]
     for name in aborted & outputs.keys():
         for index, tokens in outputs[name].items():
             assert tokens == expected[name][index][: len(tokens)]
+    assert core.stats().num_free_blocks + core.stats().num_cached_blocks == num_blocks
+
+
+operations = st.one_of(
+    st.tuples(st.just("generate"), prompts, parameters, st.integers(0, 2)),
+    st.tuples(st.just("embed"), prompts, st.just(None), st.integers(0, 2)),
+    st.tuples(st.just("resumed"), prompts, st.integers(1, 4), st.integers(0, 2)),
+    st.tuples(st.just("abort"), st.integers(0, 30), st.none() | st.integers(0, 3), st.just(0)),
+    st.tuples(st.sampled_from(["step", "step", "step", "out of memory", "interrupt"]), st.just(0), st.just(0), st.just(0)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    work=st.lists(operations, max_size=60),
+    num_blocks=st.integers(12, 40),
+    budget=st.integers(4, 30),
+    policy=st.sampled_from(["fcfs", "fair"]),
+)
+def test_counts_kept_along_the_way_are_what_counting_anew_gives(
+    work: list[tuple[str, Any, Any, int]], num_blocks: int, budget: int, policy: str
+) -> None:
+    core = make_core(num_blocks, 4, budget, 6, poison=3, scheduling_policy=policy)
+    execute = core._executor.submit
+    failures: list[BaseException] = []
+
+    def submit(step: Step) -> Result:
+        result = execute(step)
+        return Failed(result.output, error=failures.pop()) if failures else result
+
+    core._executor.submit = submit  # type: ignore[assignment, method-assign]
+    for number, (operation, prompt, detail, client) in enumerate(work):
+        if operation in ("generate", "embed", "resumed"):
+            params = detail if operation == "generate" else SamplingParams(n=detail or 1, max_tokens=9, ignore_eos=True)
+            source = make_request(str(number), prompt, params, client=str(client), arrival=number)
+            if operation == "embed":
+                source = replace(source, task="embed")
+            if operation == "resumed":
+                outputs = [
+                    ResumedSequence(index=i, token_ids=expected_outputs(prompt, params)[i][: i + 1], cumulative_logprob=0.0)
+                    for i in range(detail)
+                ]
+                source = replace(source, resumed=outputs)
+            accepted(core, source)
+        elif operation == "abort":
+            for name in "012":
+                core.abort(str(prompt), name, detail)
+        else:
+            failures[:] = {"out of memory": [OutOfMemoryError("full")], "interrupt": [KeyboardInterrupt()]}.get(operation, [])
+            with contextlib.suppress(KeyboardInterrupt):
+                core.step()
+        core.scheduler.check()
+    failures.clear()
+    for _ in range(4000):
+        if not core.has_unfinished:
+            break
+        core.step()
+        core.scheduler.check()
+    assert not core.has_unfinished
+    scheduler = core.scheduler
+    assert scheduler.num_waiting_tokens == scheduler.num_unfinished_sequences == scheduler._num_seats_taken == 0
     assert core.stats().num_free_blocks + core.stats().num_cached_blocks == num_blocks
 
 
@@ -201,7 +274,7 @@ def test_a_request_that_makes_steps_fail_fails_alone(work: list[tuple[list[int],
         updates = core.step()
         failed |= {u.request_id for u in updates if u.error}
         collect(outputs, [u for u in updates if not u.error])
-        core.scheduler.kv.check()
+        core.scheduler.check()
     assert failed == {name for name in expected if int(name) in culprits}
     for name in expected.keys() - failed:
         assert [outputs[name][i] for i in sorted(outputs[name])] == expected[name]
@@ -237,7 +310,7 @@ def test_requests_go_on_in_a_new_engine_where_the_old_one_died(
         if not successor.has_unfinished:
             break
         finished |= collect(outputs, successor.step())
-        successor.scheduler.kv.check()
+        successor.scheduler.check()
     assert finished == sources.keys()
     for name, source in sources.items():
         expected = expected_outputs(source.prompt_token_ids, source.params)
@@ -275,6 +348,23 @@ def test_aborted_requests_behind_a_blocked_one_are_forgotten() -> None:
     assert len(core.scheduler._waiting) < 10
 
 
+def test_fair_looks_at_what_it_remembers_seldom_when_all_of_it_waits() -> None:
+    policy = Fair()
+    forget, num_times = policy._forget_rounds_below, 0
+
+    def count(turn: int) -> None:
+        nonlocal num_times
+        num_times += 1
+        forget(turn)
+
+    policy._forget_rounds_below = count  # type: ignore[method-assign]
+    core = make_core(40, 4, 8, 1)
+    core.scheduler._policy = policy
+    for number in range(20_000):
+        core.add(make_request(str(number), [8], SamplingParams(max_tokens=2)))
+    assert num_times < 5
+
+
 @pytest.mark.parametrize("num_clients", [1, 20_000])
 def test_fair_forgets_clients(num_clients: int) -> None:
     policy = Fair()
@@ -305,6 +395,18 @@ def test_a_worker_that_is_gone_is_not_blamed_on_requests() -> None:
     with pytest.raises(EngineDeadError):
         core.step()
     assert core.has_unfinished
+
+
+def test_fair_makes_a_request_for_four_sequences_take_four_turns() -> None:
+    core = make_core(100, 4, 64, 4, scheduling_policy="fair")
+    for number in range(8):
+        params = SamplingParams(max_tokens=2, ignore_eos=True, n=4 if number < 2 else 1)
+        client = "wide" if number < 2 else "narrow"
+        core.add(make_request(str(number), [8 + number], params, client=client, arrival=number))
+    order: list[str] = []
+    while core.has_unfinished:
+        order += [u.request_id for u in core.step() if u.finished]
+    assert order.index("1") > order.index("5")
 
 
 def test_first_come_is_first_served_under_pressure() -> None:

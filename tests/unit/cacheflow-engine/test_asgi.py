@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cacheflow.asgi import (
+    BodyTimeoutError,
     BodyTooLargeError,
     ClientGoneError,
     Receive,
@@ -49,6 +50,7 @@ GONE = {"type": "http.disconnect"}
     [
         (InvalidRequestError("n must be 1.", param="n"), 400, None),
         (BodyTooLargeError(10), 413, None),
+        (BodyTimeoutError(10), 408, "request_timeout"),
         (ClientGoneError("Gone."), 499, "client_gone"),
         (RequestFailedError("It failed."), 500, "request_failed"),
         (EngineDeadError("It is dead."), 503, "engine_unavailable"),
@@ -71,6 +73,26 @@ def test_the_text_of_an_unforeseen_error_stays_inside() -> None:
     answer = answer_for(KeyError("secret"))
     assert answer.status == 500
     assert "secret" not in answer.document["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": "\xed\xa0\x80"}',
+        b'{"a": "\\ud800"}',
+        b'{"\\uDFFF": 1}',
+        b'{"a": "\xff"}',
+    ],
+)
+def test_a_body_that_is_not_all_characters_of_utf_8_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequestError, match="not valid JSON"):
+        asyncio.run(read_json_object(receiver(body(data)), 100))
+
+
+@pytest.mark.parametrize("data", [b'{"a": "\\ud83d\\ude42"}', '{"a": "🙂"}'.encode(), '{"a": "🙂"}'.encode("utf-8-sig")])
+def test_a_character_beyond_the_first_65536_may_be_written_either_way(data: bytes) -> None:
+    assert asyncio.run(read_json_object(receiver(body(data)), 100)) == {"a": "🙂"}
 
 
 def test_a_body_in_parts_is_put_together() -> None:

@@ -26,4 +26,4 @@ def chat_client(chat_engine: Any, app_client: Any) -> Any:
     """A client of the frontend before it."""
     from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
 
-    return app_client(OpenAIFrontend.create_app(chat_engine, OpenAIOptions(served_model_name="scripted")))
+    return app_client(OpenAIFrontend.create_app(chat_engine, OpenAIOptions(served_model_name=("scripted",))))

@@ -294,10 +294,25 @@ def test_the_served_model_is_listed_and_shown(client: Any) -> None:
 
 
 def test_the_model_can_be_given_another_name(engine: Any, app_client: Any) -> None:
-    client = app_client(OpenAIFrontend.create_app(engine, OpenAIOptions(served_model_name="tiny")))
+    client = app_client(OpenAIFrontend.create_app(engine, OpenAIOptions(served_model_name=("tiny",))))
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
     assert complete(client, model="tiny", prompt="a")["model"] == "tiny"
     assert refusal(client, status=404, prompt="a")["param"] == "model"
+
+
+def test_of_several_names_all_are_served_and_the_first_is_answered(engine: Any, app_client: Any) -> None:
+    client = app_client(OpenAIFrontend.create_app(engine, OpenAIOptions(served_model_name=("tiny", "org/small"))))
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "org/small"]
+    assert client.get("/v1/models/org/small").json()["id"] == "org/small"
+    assert {complete(client, model=name, prompt="a")["model"] for name in ("tiny", "org/small", None)} == {"tiny"}
+    assert "'tiny', 'org/small'" in refusal(client, status=404, prompt="a")["message"]
+
+
+def test_an_answer_is_named_as_the_request_is_in_headers_and_log(client: Any) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers={"x-request-id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["id"].startswith("cmpl-mine-")
+    assert complete(client, prompt=["a", "b"], max_tokens=1)["id"] != complete(client, prompt="a", max_tokens=1)["id"]
 
 
 def test_a_body_that_is_not_called_json_is_refused(client: Any) -> None:
@@ -306,11 +321,19 @@ def test_a_body_that_is_not_called_json_is_refused(client: Any) -> None:
     assert "application/json" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/nothing", 404), ("POST", "/v1/completions/", 404), ("GET", "/v1/completions", 405)],
+)
 def test_unknown_routes_and_methods_get_the_same_shape_of_error(client: Any, method: str, path: str, status: int) -> None:
     answer = client.request(method, path)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}", "/version", "/health"])
+def test_what_can_be_read_can_be_asked_for_by_head(client: Any, path: str) -> None:
+    assert client.request("HEAD", path).status_code == 200
 
 
 def test_a_running_engine_is_alive_and_ready(client: Any) -> None:

@@ -21,8 +21,11 @@ TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "description": "In a city.", "parameters": CITY}},
     {"type": "function", "function": {"name": "get_time"}},
 ]
-BAD_CALLS = [{"function": {"name": "f", "arguments": "["}}]
+BAD_CALLS = [{"function": {"name": "f", "arguments": [1]}}]
 LONG = {"schema": {"description": "y" * 300_000}}
+DEEP: Any = {"type": "object"}
+for _ in range(100):
+    DEEP = {"type": "object", "properties": {"x": DEEP}}
 CALLS = [("get_weather", {"city": "Paris", "days": [1, 2]}), ("get_time", {})]
 
 
@@ -281,6 +284,19 @@ def test_fields_that_mean_nothing_are_named_in_a_header(chat_client: Any) -> Non
     assert answer.headers["x-cacheflow-ignored-fields"] == "store, prompt_logprobs"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [('{"x": 1}', '{"x": 1}'), ("", "{}"), ('{"x": ', '"{\\"x\\": "'), ("[1]", '"[1]"'), ('{"x": "\\ud800"}', None)],
+)
+def test_a_conversation_goes_on_from_calls_with_wrong_arguments(chat_client: Any, arguments: str, shown: str | None) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "Wrong."}]
+    assert chat(chat_client, messages=messages)["choices"][0]["message"]["content"] == "It is sunny in Paris."
+    ids = chat_client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    prompt = chat_client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert shown is None or f'<tool_call>{{"name": "f", "arguments": {shown}}}</tool_call>' in prompt
+
+
 def test_variables_reach_the_template(chat_client: Any) -> None:
     assert chat(chat_client, chat_template_kwargs={"enable_thinking": False})["choices"]
 
@@ -292,7 +308,7 @@ def test_variables_reach_the_template(chat_client: Any) -> None:
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
         ({"messages": ["Hi"]}, "messages[0]"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0]"),
@@ -305,13 +321,20 @@ def test_variables_reach_the_template(chat_client: Any) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "xml"}}, "type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "bogus"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "bogus"}}}],
+          "tool_choice": "required"}, "tools"),
+        ({"structured": {"json_schema": {"type": "bogus"}}}, "json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": LONG}}, "response_format.json_schema.schema"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
-        ({"max_completion_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": "1"}, "max_completion_tokens"),
         ({"stop": list("abcde")}, "stop"),
         ({"n": 0}, "n"),

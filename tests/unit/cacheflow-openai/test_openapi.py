@@ -12,7 +12,7 @@ from cacheflow_openai import chat_schema, embeddings, responses_schema, schema, 
 from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
 from cacheflow_openai.openapi import POST_ROUTES, SAMPLING, openapi_document
 
-DOCUMENT = openapi_document(OpenAIOptions(), "m")
+DOCUMENT = openapi_document(OpenAIOptions(), ["m"])
 NOT_IN_A_CHAT = set(chat_schema.NO_SAMPLING_FIELDS)
 FIELDS = {
     "/v1/completions": {*schema.OWN_FIELDS, *SAMPLING_FIELDS},
@@ -57,7 +57,7 @@ def test_every_route_that_takes_a_body_says_how_it_may_be_refused(path: str) -> 
 
 
 def test_keys_and_a_root_path_are_told() -> None:
-    document = openapi_document(OpenAIOptions(api_key=("k",), root_path="/llm"), "m")
+    document = openapi_document(OpenAIOptions(api_key=("k",), root_path="/llm"), ["m"])
     assert document["servers"] == [{"url": "/llm"}]
     assert document["security"] == [{"key": []}]
     assert "security" not in DOCUMENT

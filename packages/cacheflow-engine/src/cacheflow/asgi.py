@@ -117,9 +117,11 @@ async def read_json_object(receive: Receive, max_bytes: int) -> dict[str, Any]:
         if len(body) > max_bytes:
             raise BodyTooLargeError(max_bytes)
     try:
-        document = json.loads(body, parse_constant=_refuse_constant)
-        # JSON can write half of a surrogate pair ("\ud800"), which is no character and can't be encoded again.
-        json.dumps(document, ensure_ascii=False).encode()
+        text = body.decode("utf-8-sig")
+        document = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            # JSON can write half of a surrogate pair ("\ud800"), which is no character and can't be encoded again.
+            json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequestError(f"The request body is not valid JSON: {reason}.") from error

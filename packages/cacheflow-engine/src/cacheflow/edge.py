@@ -260,8 +260,13 @@ class _Headers:
         return [value for known, value in self._pairs if known == name]
 
 
+def keys_from_environment() -> list[str]:
+    """The API keys in the variable `CACHEFLOW_API_KEY`, where commas separate them."""
+    return [key for part in os.environ.get(API_KEY_VARIABLE, "").split(",") if (key := part.strip())]
+
+
 def _keys_from_elsewhere(path: str | None) -> list[str]:
-    keys = [key for part in os.environ.get(API_KEY_VARIABLE, "").split(",") if (key := part.strip())]
+    keys = keys_from_environment()
     if path is not None:
         try:
             with Path(path).open(encoding="utf-8") as file:

@@ -6,7 +6,7 @@ It sees an `AsyncLLMServer` with texts and token ids; it knows neither scheduler
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,7 +44,9 @@ MAX_NAME_SHOWN = 64
 class OpenAIOptions(EdgeOptions):
     """The options of the OpenAI-compatible frontend."""
 
-    served_model_name: str | None = option(None, "What clients call the model. Default: its name.")
+    served_model_name: tuple[str, ...] = option(
+        (), "What clients call the model; answers have the first of several names. Default: its name."
+    )
 
 
 class OpenAIFrontend:
@@ -61,29 +63,31 @@ class OpenAIFrontend:
     def create_app(engine: AsyncLLMServer, options: OpenAIOptions) -> Guard:
         """The ASGI application."""
         # No /docs and /redoc: these pages would fetch scripts from other hosts.
-        app = FastAPI(title="cacheflow", docs_url=None, redoc_url=None)
-        model = options.served_model_name or engine.model_info.model
-        app.openapi = lambda: openapi_document(options, model)  # type: ignore[method-assign] # as FastAPI documents it
+        app = FastAPI(title="cacheflow", docs_url=None, redoc_url=None, redirect_slashes=False)
+        names = options.served_model_name or (engine.model_info.model,)
+        app.openapi = lambda: openapi_document(options, names)  # type: ignore[method-assign] # as FastAPI documents it
         errors.install(app)
-        _Routes(engine, model, options.max_body_bytes).add_to(app)
+        _Routes(engine, names, options.max_body_bytes).add_to(app)
         return Guard(StatusRoutes(app, engine), options)
 
 
 class _Routes:
     """What is answered on each path."""
 
-    def __init__(self, engine: AsyncLLMServer, model: str, max_body_bytes: int) -> None:
+    def __init__(self, engine: AsyncLLMServer, names: Sequence[str], max_body_bytes: int) -> None:
         self._engine = engine
-        self._model = model
+        self._model = names[0]
         self._max_body_bytes = max_body_bytes
-        self._card = model_card(engine.model_info, model, int(time.time()))
+        created = int(time.time())
+        self._cards = {name: model_card(engine.model_info, name, created) for name in names}
         self._template = ChatTemplate(engine.model_info.tokenizer)
 
     def add_to(self, app: FastAPI) -> None:
         """Has `app` call the methods below."""
-        app.get("/version")(self.show_version)
-        app.get("/v1/models")(self.list_models)
-        app.get("/v1/models/{name:path}")(self.show_model)
+        reading = ["GET", "HEAD"]
+        app.api_route("/version", methods=reading)(self.show_version)
+        app.api_route("/v1/models", methods=reading)(self.list_models)
+        app.api_route("/v1/models/{name:path}", methods=reading)(self.show_model)
         app.post("/v1/completions")(self.create_completion)
         app.post("/v1/chat/completions")(self.create_chat_completion)
         app.post("/v1/responses")(self.create_response)
@@ -95,39 +99,40 @@ class _Routes:
         return {"version": version("cacheflow-openai"), "engine_version": self._engine.model_info.engine_version}
 
     async def list_models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._card]}
+        return {"object": "list", "data": list(self._cards.values())}
 
     async def show_model(self, name: str) -> dict[str, Any]:
         self._check_model(name)
-        return self._card
+        return self._cards[name]
 
     async def create_completion(self, request: Request) -> Response:
         asked = parse(await self._read(request))
         self._check_model(asked.model)
+        answered = (self._engine, asked, self._model, request.state.request_id)
         if asked.stream:
-            return await _start(request, completions.stream(self._engine, asked, self._model), asked.ignored)
-        return await _finish(request, completions.complete(self._engine, asked, self._model), asked.ignored)
+            return await _start(request, completions.stream(*answered), asked.ignored)
+        return await _finish(request, completions.complete(*answered), asked.ignored)
 
     async def create_chat_completion(self, request: Request) -> Response:
         asked = parse_chat(await self._read(request))
         self._check_model(asked.model)
+        answered = (self._engine, self._template, asked, self._model, request.state.request_id)
         if asked.stream:
-            return await _start(request, chat.stream(self._engine, self._template, asked, self._model), asked.ignored)
-        return await _finish(request, chat.complete(self._engine, self._template, asked, self._model), asked.ignored)
+            return await _start(request, chat.stream(*answered), asked.ignored)
+        return await _finish(request, chat.complete(*answered), asked.ignored)
 
     async def create_response(self, request: Request) -> Response:
         asked = parse_response(await self._read(request))
-        ignored = asked.chat.ignored
         self._check_model(asked.chat.model)
+        answered = (self._engine, self._template, asked, self._model, request.state.request_id)
         if asked.chat.stream:
-            events = responses.stream(self._engine, self._template, asked, self._model)
-            return await _start(request, events, ignored, is_named=True)
-        return await _finish(request, responses.respond(self._engine, self._template, asked, self._model), ignored)
+            return await _start(request, responses.stream(*answered), asked.chat.ignored, is_named=True)
+        return await _finish(request, responses.respond(*answered), asked.chat.ignored)
 
     async def create_embedding(self, request: Request) -> Response:
         asked = parse_embedding(await self._read(request))
         self._check_model(asked.model)
-        return await _finish(request, embed(self._engine, asked, self._model), asked.ignored)
+        return await _finish(request, embed(self._engine, asked, self._model, request.state.request_id), asked.ignored)
 
     async def tokenize(self, request: Request) -> Response:
         document = await self._read(request)
@@ -148,8 +153,9 @@ class _Routes:
         return await read_json_object(request.receive, self._max_body_bytes)
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model:
-            raise errors.UnknownModelError(f"The model {name[:MAX_NAME_SHOWN]!r} does not exist here. Served: {self._model!r}.")
+        if name is not None and name not in self._cards:
+            served = ", ".join(map(repr, self._cards))
+            raise errors.UnknownModelError(f"The model {name[:MAX_NAME_SHOWN]!r} does not exist here. Served: {served}.")
 
 
 async def _start(

@@ -6,7 +6,6 @@ A whole message is made of the same deltas as a stream, so both have the same te
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from cacheflow.text import Tokenizer
 from cacheflow.text.chat_template import ChatTemplate
 from cacheflow.types import FINISH_STOP, CompletionOutput, RequestOutput
 from cacheflow_openai.chat_schema import ChatRequest
+from cacheflow_openai.fields import schema_errors_named
 from cacheflow_openai.logprobs import chat_logprobs
 from cacheflow_openai.outputs import has_deltas, outputs_of, usage_of
 from cacheflow_openai.prompts import check_room, render
@@ -52,12 +52,14 @@ class ChatRun:
         engine: That serves it.
         template: The model's.
         request: The request.
+        request_id: What the engine's log knows it as.
     """
 
-    def __init__(self, engine: AsyncLLMServer, template: ChatTemplate, request: ChatRequest) -> None:
+    def __init__(self, engine: AsyncLLMServer, template: ChatTemplate, request: ChatRequest, request_id: str) -> None:
         self._engine = engine
         self._template = template
         self._request = request
+        self._request_id = request_id
         self._latest: RequestOutput | None = None
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -77,27 +79,31 @@ class ChatRun:
         check_room(engine, len(ids), request.params.max_tokens, request.prompt_param, request.limit_param)
         is_marked = BEGIN in (template.source or "")
         choices = [_Choice(engine.tokenizer, request, index, is_marked) for index in range(request.params.n)]
-        async with aclosing(outputs_of(engine, [ids], request.params, request.cache_salt)) as outputs:
-            async for _, output in outputs:
-                self._latest = output
-                if has_deltas(request.params) or output.finished:
-                    for choice, sequence in zip(choices, output.outputs, strict=True):
-                        delta = choice.advance(sequence)
-                        if delta is not None:
-                            yield delta
+        outputs = outputs_of(engine, [ids], request.params, request.cache_salt, self._request_id)
+        with schema_errors_named(request.structure_param):
+            async with aclosing(outputs):
+                async for _, output in outputs:
+                    self._latest = output
+                    if has_deltas(request.params) or output.finished:
+                        for choice, sequence in zip(choices, output.outputs, strict=True):
+                            delta = choice.advance(sequence)
+                            if delta is not None:
+                                yield delta
 
     def usage(self) -> dict[str, Any]:
         """The tokens of the prompt and of all sequences."""
         return usage_of([] if self._latest is None else [self._latest])
 
 
-async def complete(engine: AsyncLLMServer, template: ChatTemplate, request: ChatRequest, model: str) -> dict[str, Any]:
+async def complete(
+    engine: AsyncLLMServer, template: ChatTemplate, request: ChatRequest, model: str, request_id: str
+) -> dict[str, Any]:
     """The whole answer as one object.
 
     Raises:
         CacheflowError: The messages can't be served, or the request failed.
     """
-    run = ChatRun(engine, template, request)
+    run = ChatRun(engine, template, request, request_id)
     messages = [Message() for _ in range(request.params.n)]
     async for delta in run.deltas():
         messages[delta.index].add(delta)
@@ -110,18 +116,18 @@ async def complete(engine: AsyncLLMServer, template: ChatTemplate, request: Chat
         }
         for index, message in enumerate(messages)
     ]
-    return {**_head("chat.completion", model), "choices": choices, "usage": run.usage()}
+    return {**_head("chat.completion", model, request_id), "choices": choices, "usage": run.usage()}
 
 
 async def stream(
-    engine: AsyncLLMServer, template: ChatTemplate, request: ChatRequest, model: str
+    engine: AsyncLLMServer, template: ChatTemplate, request: ChatRequest, model: str, request_id: str
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The answer in chunks: each choice begins with its role and ends with an empty one that says why.
 
     Raises:
         CacheflowError: The messages can't be served, or the request failed.
     """
-    head = _head("chat.completion.chunk", model)
+    head = _head("chat.completion.chunk", model, request_id)
     usage = {"usage": None} if request.include_usage else {}
 
     def chunk(delta: Delta, gained: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -130,7 +136,7 @@ async def stream(
         choice = {"index": delta.index, "delta": gained, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**head, "choices": [choice], **usage}
 
-    run = ChatRun(engine, template, request)
+    run = ChatRun(engine, template, request, request_id)
     begun: set[int] = set()
     async with aclosing(run.deltas()) as deltas:
         async for delta in deltas:
@@ -248,5 +254,5 @@ def _call_chunk(call: CallDelta) -> dict[str, Any]:
     }
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def _head(kind: str, model: str, request_id: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": model}

@@ -15,7 +15,19 @@ from typing import Any
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
 from cacheflow.types import SAMPLING_FIELDS, SamplingParams, StructuredOutput
-from cacheflow_openai.fields import check_stop, choice, flag, given, ignored, include_usage, mapping, schema, string
+from cacheflow_openai.fields import (
+    check_stop,
+    choice,
+    flag,
+    given,
+    ignored,
+    include_usage,
+    mapping,
+    schema,
+    schema_errors_named,
+    string,
+    whole,
+)
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -67,6 +79,7 @@ class ChatRequest:
         params: Of the answer.
         prompt_param: The field that the messages come from.
         limit_param: The field that `params.max_tokens` comes from.
+        structure_param: The field that `params.structured` comes from, if that is not its own.
         top_logprobs: How many alternatives each token is listed with; None: log probabilities are not listed.
         template_variables: More of what the chat template reads.
         stream: Whether the message is sent as it grows.
@@ -83,6 +96,7 @@ class ChatRequest:
     params: SamplingParams
     prompt_param: str
     limit_param: str
+    structure_param: str | None
     top_logprobs: int | None
     template_variables: dict[str, Any]
     stream: bool
@@ -108,11 +122,9 @@ def parse_chat(document: Mapping[str, Any]) -> ChatRequest:
     check_stop(values)
     sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in NO_SAMPLING_FIELDS}
     limit_param = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
-    sampling |= {"logprobs": top_logprobs, "max_tokens": values.get(limit_param)}
-    if sampling["max_tokens"] is not None and type(sampling["max_tokens"]) is not int:
-        raise InvalidRequestError(f"{limit_param} must be a whole number of at least 1.", param=limit_param)
+    sampling |= {"logprobs": top_logprobs, "max_tokens": whole(values, limit_param, 1)}
     max_calls = MAX_CALLS if flag(values, "parallel_tool_calls", True) else 1
-    structured = parse_response_format(mapping(values, "response_format"))
+    structured = parse_response_format(mapping(values, "response_format"), "response_format")
     return ChatRequest(
         model=string(values, "model"),
         messages=parse_messages(values.get("messages")),
@@ -122,6 +134,7 @@ def parse_chat(document: Mapping[str, Any]) -> ChatRequest:
         params=with_structure(sampling_params(sampling), structured, tools, tool_choice, max_calls),
         prompt_param="messages",
         limit_param=limit_param,
+        structure_param="tools" if tool_choice.is_forced else None if structured is None else "response_format",
         top_logprobs=top_logprobs,
         template_variables=_template_variables(values),
         stream=stream,
@@ -148,7 +161,7 @@ def _message(message: Any, param: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequestError(f"{param} must be an object with role and content.", param=param)
     values = given(message)
-    role = choice(values, "role", ROLES, "")
+    role = choice(values, "role", ROLES, "", f"{param}.")
     calls = values.get("tool_calls", [])
     if "content" not in values and not (role == "assistant" and calls):
         raise InvalidRequestError(f"{param}.content is missing.", param=f"{param}.content")
@@ -203,19 +216,27 @@ def _tool_call(call: Any, param: str) -> dict[str, Any]:
     }
 
 
-def arguments_of(arguments: Any, param: str) -> dict[str, Any]:
+def arguments_of(arguments: Any, param: str) -> dict[str, Any] | str:
     """A call's arguments as an object, which templates write as JSON.
 
+    Text that is no JSON object stays text: a model may have written it, and a conversation must be able to go on from there.
+
     Raises:
-        InvalidRequestError: They are not the JSON of an object.
+        InvalidRequestError: They are neither text nor an object.
     """
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
+    if arguments is None or arguments == "":
+        return {}
+    if not isinstance(arguments, (str, dict)):
         raise InvalidRequestError(f"{param}: the arguments must be a string that holds a JSON object.", param=param)
-    return parsed
+    if isinstance(arguments, dict):
+        return arguments
+    try:
+        parsed = json.loads(arguments)
+        # JSON can write half of a surrogate pair, which is no character and can't be encoded again.
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def parse_tools(tools: Any) -> list[dict[str, Any]]:
@@ -269,18 +290,25 @@ def parse_tool_choice(value: Any, tools: Sequence[dict[str, Any]]) -> ToolChoice
     return ToolChoice("named", function["name"])
 
 
-def parse_response_format(value: Mapping[str, Any]) -> StructuredOutput | None:
+def parse_response_format(value: Mapping[str, Any], param: str) -> StructuredOutput | None:
     """What the answer's text must be.
+
+    Args:
+        value: OpenAI's object. Its schema stands in its `json_schema`, as in chats, or in itself, as in responses.
+        param: The field that it comes from.
 
     Raises:
         InvalidRequestError: It is none of OpenAI's formats.
     """
-    kind = choice(given(value), "type", ("text", "json_object", "json_schema"), "text")
+    kind = choice(given(value), "type", ("text", "json_object", "json_schema"), "text", f"{param}.")
     if kind == "json_object":
         return StructuredOutput(json_object=True)
     if kind == "json_schema":
-        described = mapping(value, "json_schema")
-        return StructuredOutput(json_schema=schema(described.get("schema", {}), "response_format.json_schema.schema"))
+        described, place = (value, param) if "schema" in value else (value.get("json_schema"), f"{param}.json_schema")
+        if not isinstance(described, dict):
+            raise InvalidRequestError(f"{param} is of type json_schema, but there is no schema in it.", param=place)
+        with schema_errors_named(param):
+            return StructuredOutput(json_schema=schema(described.get("schema", {}), f"{place}.schema"))
     return None
 
 
@@ -298,7 +326,8 @@ def with_structure(
     """
     if tool_choice.is_forced:
         # An answer that must be a call is no answer in that format; OpenAI lets the call win too.
-        structured = StructuredOutput(json_schema=forced_schema(tools, tool_choice, max_calls))
+        with schema_errors_named("tools"):
+            structured = StructuredOutput(json_schema=forced_schema(tools, tool_choice, max_calls))
     if structured is None:
         return params
     if params.structured is not None:
@@ -342,12 +371,8 @@ def _moved(value: Any, place: str) -> Any:
 
 
 def _top_logprobs(values: Mapping[str, Any]) -> int | None:
-    wanted, number = flag(values, "logprobs"), values.get("top_logprobs")
-    if number is None:
-        return 0 if wanted else None
-    if type(number) is not int or not 0 <= number <= MAX_TOP_LOGPROBS:
-        raise InvalidRequestError(f"top_logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}.", param="top_logprobs")
-    if not wanted and number:
+    wanted, number = flag(values, "logprobs"), whole(values, "top_logprobs", 0, MAX_TOP_LOGPROBS) or 0
+    if number and not wanted:
         raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     return number if wanted else None
 

@@ -6,7 +6,6 @@ A whole answer is made as a stream's only chunk is, so both have the same texts,
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -22,29 +21,31 @@ if TYPE_CHECKING:
     from cacheflow import AsyncLLMServer
 
 
-async def complete(engine: AsyncLLMServer, request: CompletionRequest, model: str) -> dict[str, Any]:
+async def complete(engine: AsyncLLMServer, request: CompletionRequest, model: str, request_id: str) -> dict[str, Any]:
     """The whole answer as one object.
 
     Raises:
         CacheflowError: A prompt can't be served, or failed.
     """
     prompts = await _prompts(engine, request)
-    finals = {n: output async for n, output in outputs_of(engine, prompts, request.params, request.cache_salt)}
-    answer = _Answer(engine.tokenizer, request, model)
+    finals = {n: output async for n, output in outputs_of(engine, prompts, request.params, request.cache_salt, request_id)}
+    answer = _Answer(engine.tokenizer, request, model, request_id)
     chunks = [chunk for number in sorted(finals) for chunk in answer.choices(number, finals[number])]
     return {**answer.head, "choices": chunks, "usage": answer.usage()}
 
 
-async def stream(engine: AsyncLLMServer, request: CompletionRequest, model: str) -> AsyncGenerator[dict[str, Any], None]:
+async def stream(
+    engine: AsyncLLMServer, request: CompletionRequest, model: str, request_id: str
+) -> AsyncGenerator[dict[str, Any], None]:
     """The answer in chunks of the same kind: one per sequence that has grown, then the token counts if they are asked for.
 
     Raises:
         CacheflowError: A prompt can't be served, or failed.
     """
-    answer = _Answer(engine.tokenizer, request, model)
+    answer = _Answer(engine.tokenizer, request, model, request_id)
     usage = {"usage": None} if request.include_usage else {}
     prompts = await _prompts(engine, request)
-    async with aclosing(outputs_of(engine, prompts, request.params, request.cache_salt)) as outputs:
+    async with aclosing(outputs_of(engine, prompts, request.params, request.cache_salt, request_id)) as outputs:
         async for number, output in outputs:
             if has_deltas(request.params) or output.finished:
                 for choice in answer.choices(number, output):
@@ -63,8 +64,8 @@ async def _prompts(engine: AsyncLLMServer, request: CompletionRequest) -> list[l
 class _Answer:
     """One answer in the making: what its chunks share, and how much of each choice has been written."""
 
-    def __init__(self, tokenizer: Tokenizer, request: CompletionRequest, model: str) -> None:
-        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
+    def __init__(self, tokenizer: Tokenizer, request: CompletionRequest, model: str, request_id: str) -> None:
+        self.head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._request = request
         self._choices: dict[int, _Choice] = {}

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cacheflow.errors import InvalidRequestError
-from cacheflow_openai.fields import choice, given, string
+from cacheflow_openai.fields import choice, given, string, texts_or_ids
+from cacheflow_openai.outputs import names_of
 from cacheflow_openai.prompts import tokenise
-from cacheflow_openai.schema import is_ids
 
 if TYPE_CHECKING:
     from cacheflow import AsyncLLMServer
@@ -60,17 +60,10 @@ def parse_embedding(document: Mapping[str, Any]) -> EmbeddingRequest:
         raise InvalidRequestError(
             "dimensions is not supported: a shorter vector means something only for models trained for it.", param="dimensions"
         )
-    inputs = values.get("input")
-    if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and type(inputs[0]) is int):
-        inputs = [inputs]
-    if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) or is_ids(text) for text in inputs):
-        raise InvalidRequestError("input must be a string, a list of token ids, or a list of either.", param="input")
-    if len(inputs) > MAX_INPUTS:
-        raise InvalidRequestError(f"input has {len(inputs)} entries; at most {MAX_INPUTS} go into one request.", param="input")
     pooling: Literal["mean", "last"] = "last" if choice(values, "pooling", ("mean", "last"), "mean") == "last" else "mean"
     return EmbeddingRequest(
         model=string(values, "model"),
-        inputs=inputs,
+        inputs=texts_or_ids(values, "input", MAX_INPUTS),
         pooling=pooling,
         is_base64=choice(values, "encoding_format", ("float", "base64"), "float") == "base64",
         cache_salt=string(values, "cache_salt") or "",
@@ -78,7 +71,7 @@ def parse_embedding(document: Mapping[str, Any]) -> EmbeddingRequest:
     )
 
 
-async def embed(engine: AsyncLLMServer, request: EmbeddingRequest, model: str) -> dict[str, Any]:
+async def embed(engine: AsyncLLMServer, request: EmbeddingRequest, model: str, request_id: str) -> dict[str, Any]:
     """The embeddings of all inputs, in their order.
 
     Raises:
@@ -87,12 +80,12 @@ async def embed(engine: AsyncLLMServer, request: EmbeddingRequest, model: str) -
     inputs = await tokenise(engine, request.inputs, "input")
     turns = asyncio.Semaphore(MAX_AT_ONCE)
 
-    async def one(ids: list[int]) -> list[float]:
+    async def one(name: str, ids: list[int]) -> list[float]:
         async with turns:
-            output = await engine.embed(ids, pooling=request.pooling, cache_salt=request.cache_salt)
+            output = await engine.embed(ids, name, pooling=request.pooling, cache_salt=request.cache_salt)
             return output.embedding
 
-    tasks = [asyncio.ensure_future(one(ids)) for ids in inputs]
+    tasks = [asyncio.ensure_future(one(name, ids)) for name, ids in zip(names_of(request_id, len(inputs)), inputs, strict=True)]
     try:
         vectors = await asyncio.gather(*tasks)
     finally:

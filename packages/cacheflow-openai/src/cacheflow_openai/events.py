@@ -55,7 +55,7 @@ class EventStream(Response):
                 if not isinstance(error, CacheflowError):
                     logger.exception("A stream failed.")
                 document = answer_for(error).document
-                yield self._event({"type": "error", **document["error"]} if self.is_named else document)
+                yield self._event({**document["error"], "type": "error"} if self.is_named else document)
             if not self.is_named:
                 yield b"data: [DONE]\n\n"
 

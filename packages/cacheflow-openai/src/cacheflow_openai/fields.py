@@ -6,7 +6,8 @@ A null stands for the default everywhere: `given` drops it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from cacheflow.errors import InvalidRequestError
@@ -141,6 +142,21 @@ def check_stop(values: Mapping[str, Any]) -> None:
     stop = values.get("stop")
     if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
         raise InvalidRequestError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", param="stop")
+
+
+@contextmanager
+def schema_errors_named(param: str | None) -> Iterator[None]:
+    """What is found wrong with a `json_schema` inside is told of the field `param` that it comes from.
+
+    Raises:
+        InvalidRequestError: The same, under that name.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        if param is None or error.param != "json_schema":
+            raise
+        raise InvalidRequestError(str(error), param=param) from error
 
 
 def schema(value: Any, param: str) -> dict[str, Any]:

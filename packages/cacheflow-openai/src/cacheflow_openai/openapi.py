@@ -6,6 +6,7 @@ checks would answer 422. It knows no engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -267,12 +268,12 @@ GET_ROUTES: dict[str, tuple[str, Schema]] = {
 """Path → what it does, and its answer."""
 
 
-def openapi_document(options: EdgeOptions, model: str) -> dict[str, Any]:
+def openapi_document(options: EdgeOptions, names: Sequence[str]) -> dict[str, Any]:
     """The document, which a frontend serves at `/openapi.json`.
 
     Args:
         options: Of the frontend.
-        model: What clients call the model.
+        names: What clients call the model.
     """
     paths: dict[str, Any] = {path: {"get": _get(*route)} for path, route in GET_ROUTES.items()}
     paths["/metrics"] = {"get": _get("Readings for Prometheus.", TEXT, "text/plain")}
@@ -288,7 +289,7 @@ def openapi_document(options: EdgeOptions, model: str) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": {
-                "ModelName": {"enum": [model, None]},
+                "ModelName": {"enum": [*names, None]},
                 "Error": _object(
                     {
                         "error": _object(

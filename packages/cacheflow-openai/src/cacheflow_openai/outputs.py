@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 async def outputs_of(
-    engine: AsyncLLMServer, prompts: Sequence[list[int]], params: SamplingParams, cache_salt: str
+    engine: AsyncLLMServer, prompts: Sequence[list[int]], params: SamplingParams, cache_salt: str, request_id: str
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs of all prompts as they come, each with its prompt's number. The first failure ends all.
 
@@ -25,15 +25,16 @@ async def outputs_of(
     # One slot: a client that reads slowly holds the prompts up rather than letting outputs pile up here.
     queue: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue(maxsize=1)
 
-    async def feed(number: int, prompt: list[int]) -> None:
+    async def feed(number: int, name: str, prompt: list[int]) -> None:
         try:
-            async with aclosing(engine.generate(prompt, params, cache_salt=cache_salt)) as outputs:
+            async with aclosing(engine.generate(prompt, params, name, cache_salt=cache_salt)) as outputs:
                 async for output in outputs:
                     await queue.put((number, output))
         except Exception as error:
             await queue.put((number, error))
 
-    tasks = [asyncio.ensure_future(feed(number, prompt)) for number, prompt in enumerate(prompts)]
+    names = names_of(request_id, len(prompts))
+    tasks = [asyncio.ensure_future(feed(number, names[number], prompt)) for number, prompt in enumerate(prompts)]
     try:
         num_running = len(tasks)
         while num_running:
@@ -47,6 +48,11 @@ async def outputs_of(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def names_of(request_id: str, num_prompts: int) -> list[str]:
+    """What the engine knows the prompts of a request as: its log tells which request they belong to."""
+    return [request_id] if num_prompts == 1 else [f"{request_id}-{number}" for number in range(num_prompts)]
 
 
 def has_deltas(params: SamplingParams) -> bool:

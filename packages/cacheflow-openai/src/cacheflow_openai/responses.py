@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 
-async def respond(engine: AsyncLLMServer, template: ChatTemplate, request: ResponseRequest, model: str) -> dict[str, Any]:
+async def respond(
+    engine: AsyncLLMServer, template: ChatTemplate, request: ResponseRequest, model: str, request_id: str
+) -> dict[str, Any]:
     """The whole response as one object.
 
     Raises:
         CacheflowError: The input can't be served, or the request failed.
     """
-    run, response = ChatRun(engine, template, request.chat), _Response(request, model)
+    run, response = ChatRun(engine, template, request.chat, request_id), _Response(request, model, request_id)
     async for delta in run.deltas():
         for _ in response.add(delta):
             pass
@@ -35,14 +37,14 @@ async def respond(engine: AsyncLLMServer, template: ChatTemplate, request: Respo
 
 
 async def stream(
-    engine: AsyncLLMServer, template: ChatTemplate, request: ResponseRequest, model: str
+    engine: AsyncLLMServer, template: ChatTemplate, request: ResponseRequest, model: str, request_id: str
 ) -> AsyncGenerator[Event, None]:
     """The events of a response. A request that fails behind the first one ends with `response.failed`.
 
     Raises:
         CacheflowError: The input can't be served; no event was sent then.
     """
-    run, response = ChatRun(engine, template, request.chat), _Response(request, model)
+    run, response = ChatRun(engine, template, request.chat, request_id), _Response(request, model, request_id)
     number = 0
 
     def numbered(event: Event) -> Event:
@@ -70,10 +72,10 @@ async def stream(
 class _Response:
     """A response in the making."""
 
-    def __init__(self, request: ResponseRequest, model: str) -> None:
+    def __init__(self, request: ResponseRequest, model: str, request_id: str) -> None:
         self._request = request
         self._model = model
-        self._id = f"resp_{uuid.uuid4().hex}"
+        self._id = f"resp_{request_id}"
         self._created_at = int(time.time())
         self._status = "in_progress"
         self._error: dict[str, str] | None = None

@@ -26,7 +26,7 @@ from cacheflow_openai.chat_schema import (
     text_of,
     with_structure,
 )
-from cacheflow_openai.fields import check_stop, choice, flag, given, ignored, mapping, string
+from cacheflow_openai.fields import check_stop, choice, flag, given, ignored, mapping, string, whole
 
 OWN_FIELDS = (
     "model", "input", "instructions", "max_output_tokens", "top_logprobs", "include", "stream", "text", "tools", "tool_choice",
@@ -79,24 +79,21 @@ def parse_response(document: Mapping[str, Any]) -> ResponseRequest:
     tools = parse_tools([_chat_tool(tool) for tool in sent_tools] if isinstance(sent_tools, list) else sent_tools)
     tool_choice = parse_tool_choice(_chat_tool(sent_choice) if isinstance(sent_choice, dict) else sent_choice, tools)
     max_calls = MAX_CALLS if flag(values, "parallel_tool_calls", True) else 1
-    max_tokens = values.get("max_output_tokens")
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise InvalidRequestError("max_output_tokens must be a whole number of at least 1.", param="max_output_tokens")
     top_logprobs = _top_logprobs(values)
     sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in REFUSED_FIELDS}
-    sampling |= {"max_tokens": max_tokens, "logprobs": top_logprobs}
+    sampling |= {"max_tokens": whole(values, "max_output_tokens", 1), "logprobs": top_logprobs}
     text = mapping(values, "text")
+    structured = parse_response_format(mapping(given(text), "format"), "text.format")
     chat = ChatRequest(
         model=string(values, "model"),
         messages=_messages(values.get("input"), instructions),
         tools=[] if tool_choice.mode == "none" else tools,
         tool_choice=tool_choice,
         max_calls=max_calls,
-        params=with_structure(
-            sampling_params(sampling), parse_response_format(_chat_format(text)), tools, tool_choice, max_calls
-        ),
+        params=with_structure(sampling_params(sampling), structured, tools, tool_choice, max_calls),
         prompt_param="input",
         limit_param="max_output_tokens",
+        structure_param="tools" if tool_choice.is_forced else None if structured is None else "text.format",
         top_logprobs=top_logprobs,
         template_variables={},
         stream=stream,
@@ -120,18 +117,11 @@ def _chat_tool(tool: Any) -> Any:
     return {"type": tool.get("type"), "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def _chat_format(text: Mapping[str, Any]) -> dict[str, Any]:
-    form = mapping(given(text), "format")
-    return {"type": form.get("type"), "json_schema": form}
-
-
 def _top_logprobs(values: Mapping[str, Any]) -> int | None:
-    include, number = values.get("include", []), values.get("top_logprobs")
+    include, number = values.get("include", []), whole(values, "top_logprobs", 0, MAX_TOP_LOGPROBS) or 0
     if not isinstance(include, list):
         raise InvalidRequestError("include must be a list.", param="include")
-    if number is not None and (type(number) is not int or not 0 <= number <= MAX_TOP_LOGPROBS):
-        raise InvalidRequestError(f"top_logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}.", param="top_logprobs")
-    return (number or 0) if LOGPROBS in include or number else None
+    return number if LOGPROBS in include or number else None
 
 
 def _messages(items: Any, instructions: str | None) -> list[dict[str, Any]]:
@@ -150,7 +140,7 @@ def _add_item(messages: list[dict[str, Any]], item: Any, param: str) -> None:
         raise InvalidRequestError(f"{param} must be an object.", param=param)
     kind = item.get("type", "message")
     if kind == "message":
-        role = choice(item, "role", ROLES, "")
+        role = choice(item, "role", ROLES, "", f"{param}.")
         text = text_of(item.get("content"), TEXT_PARTS, f"{param}.content")
         messages.append({"role": "system" if role == "developer" else role, "content": text})
     elif kind == "function_call":

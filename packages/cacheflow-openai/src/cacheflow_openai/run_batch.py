@@ -73,7 +73,7 @@ async def _run(
     from cacheflow import AsyncLLMServer
     from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
 
-    options = OpenAIOptions(served_model_name=model_name)
+    options = OpenAIOptions(served_model_name=() if model_name is None else (model_name,))
     starting = AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address)
     num_good = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -11,8 +11,7 @@ from typing import Any
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
 from cacheflow.types import SAMPLING_FIELDS, SamplingParams
-from cacheflow_openai.fields import check_stop, flag, ignored, include_usage, string
-from cacheflow_openai.fields import given as given_fields
+from cacheflow_openai.fields import check_stop, flag, given, ignored, include_usage, string, texts_or_ids
 
 MAX_PROMPTS = 128
 """Most prompts of one request."""
@@ -55,34 +54,34 @@ def parse(document: dict[str, Any]) -> CompletionRequest:
     Raises:
         InvalidRequestError: Naming the first field that is missing or out of its range.
     """
-    given_values = given(document)
-    if given.get("suffix"):
+    values = given(document)
+    if values.get("suffix"):
         raise InvalidRequestError("suffix is not supported: this model completes texts at their end only.", param="suffix")
-    check_stop(given)
-    echo, stream = flag(given, "echo"), flag(given, "stream")
-    values = {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
-    # `is`: a false must be refused like any other value that is no number.
-    is_score_only = echo and values.get("max_tokens") == 0 and values["max_tokens"] is not False
-    if is_score_only:
-        values["max_tokens"] = 1
-    elif values.get("max_tokens") == 0:
+    check_stop(values)
+    echo, stream = flag(values, "echo"), flag(values, "stream")
+    sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS}
+    # `type`: a false must be refused like any other value that is no number.
+    is_score_only = type(sampling.get("max_tokens")) is int and sampling["max_tokens"] == 0
+    if is_score_only and not echo:
         raise InvalidRequestError("max_tokens must be at least 1, or 0 together with echo.", param="max_tokens")
-    wants_prompt_logprobs = "prompt_logprobs" in values
-    if echo and "logprobs" in values:
+    if is_score_only:
+        sampling["max_tokens"] = 1
+    wants_prompt_logprobs = "prompt_logprobs" in sampling
+    if echo and "logprobs" in sampling:
         if wants_prompt_logprobs:
             raise InvalidRequestError(
                 "With echo, logprobs covers the prompt: leave prompt_logprobs out.", param="prompt_logprobs"
             )
-        values["prompt_logprobs"] = values["logprobs"]
+        sampling["prompt_logprobs"] = sampling["logprobs"]
     return CompletionRequest(
-        model=string(given, "model"),
-        prompts=_prompts(given.get("prompt")),
-        params=sampling_params(values),
+        model=string(values, "model"),
+        prompts=texts_or_ids(values, "prompt", MAX_PROMPTS),
+        params=sampling_params(sampling),
         echo=echo,
         is_score_only=is_score_only,
         prompt_logprobs=wants_prompt_logprobs,
         stream=stream,
-        include_usage=include_usage(given, stream),
-        cache_salt=string(given, "cache_salt") or "",
+        include_usage=include_usage(values, stream),
+        cache_salt=string(values, "cache_salt") or "",
         ignored=ignored(document, OWN_FIELDS),
     )

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cacheflow.errors import InvalidRequestError
 from cacheflow.text.chat_template import ChatTemplate
 from cacheflow_openai.chat_schema import parse_messages, parse_tools
-from cacheflow_openai.fields import flag, given
+from cacheflow_openai.fields import flag, given, is_ids
 from cacheflow_openai.prompts import LONG_TEXT
-from cacheflow_openai.schema import is_ids
 
 if TYPE_CHECKING:
     from cacheflow import AsyncLLMServer

@@ -11,7 +11,7 @@ import uvicorn
 
 from cacheflow.asgi import answer_for, read_json_object, send_answer, send_error
 from cacheflow.edge import EdgeOptions, Guard
-from cacheflow.entrypoints.slow_clients import timed_protocol
+from cacheflow.entrypoints.turns import turn_taking_protocol
 from cacheflow.errors import CacheflowError
 
 TIMEOUT_S = 0.3
@@ -37,7 +37,7 @@ def talk_to_server(talk: Talk) -> bytes:
     """What the server sent to a client that talks so, until it hung up."""
 
     async def run() -> bytes:
-        config = uvicorn.Config(Guard(app, OPTIONS), http=timed_protocol(TIMEOUT_S), lifespan="off", log_config=None, ws="none")
+        config = uvicorn.Config(Guard(app, OPTIONS), http=turn_taking_protocol(TIMEOUT_S), lifespan="off", log_config=None, ws="none")
         config.load()
         state = uvicorn.server.ServerState()
         server = await asyncio.get_running_loop().create_server(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from click.testing import CliRunner
+from rich.console import Console
 
-from cacheflow.entrypoints.top import ServerError, _Server
+from cacheflow.entrypoints.top import ServerError, _Server, _watch, top
+from cacheflow.entrypoints.top_frame import History, Reading
 
 Serve = Callable[[int, bytes], str]
 
@@ -61,3 +68,63 @@ def test_what_a_server_says_can_not_steer_the_terminal(serve: Serve) -> None:
     url = serve(500, b'{"error": {"message": "a\\u001b[2Jb"}}')
     with pytest.raises(ServerError, match=r"a\?\[2Jb"):
         _Server(url, None).read()
+
+
+def test_of_the_servers_keys_in_the_environment_the_first_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    class Server(_Server):
+        def read(self) -> Reading:
+            sent.append(self._headers)
+            raise ServerError("Enough.")
+
+    monkeypatch.setattr("cacheflow.entrypoints.top._Server", Server)
+    monkeypatch.setenv("CACHEFLOW_API_KEY", "one , two")
+    for arguments in ([], ["--api-key", "a,b"]):
+        CliRunner().invoke(top, arguments)
+    CliRunner(env={"CACHEFLOW_API_KEY": ""}).invoke(top)
+    assert sent == [{"authorization": "Bearer one"}, {"authorization": "Bearer a,b"}, {}]
+
+
+def test_a_key_that_no_header_can_carry_is_a_usage_error() -> None:
+    assert "printable ASCII" in CliRunner().invoke(top, ["--api-key", "a\nb"]).output
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Gives the process its signals back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_is_dropped_in_a_destructor_ends_it_too(number: int) -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # Here Python runs the handler, and drops what it raises.
+
+    class Server(_Server):
+        num_reads = 0
+
+        def read(self) -> Reading:
+            self.num_reads += 1
+            assert self.num_reads == 1, "It goes on."
+            Dropping()
+            stats = dict.fromkeys(
+                (
+                    "num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_preemptions",
+                    "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_steps",
+                ),
+                0,
+            )  # fmt: skip
+            latency = {"ttft_s": None, "itl_s": None, "e2e_s": None, "output_tokens_per_s": 0.0}
+            return Reading("tiny", stats, latency, [], [], 0.0)
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    _watch(Server("http://localhost", None), History(), console, "http://localhost", 0.01)
+    assert console.file.getvalue().endswith("\x1b[?25h\x1b[?1049l")  # type: ignore[attr-defined]

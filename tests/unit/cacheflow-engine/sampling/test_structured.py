@@ -162,3 +162,11 @@ def test_a_costly_pattern_is_masked_or_refused(regex: str) -> None:
         own = processor(structured=StructuredOutput(regex=regex))
         for length in (0, 1, 40, 300):
             assert allowed(own, "a" * length)
+
+
+def test_a_pattern_that_turns_out_too_large_is_refused_without_the_librarys_insides() -> None:
+    own = processor(structured=StructuredOutput(regex="((a{1000}){1000}){1000}"))
+    with pytest.raises(InvalidRequestError, match="^regex can't be used: lexer error: too many") as found:
+        [allowed(own, "a" * length) for length in range(3)]
+    assert "<state>" not in str(found.value)
+    assert len(str(found.value)) < 200

@@ -118,9 +118,9 @@ async def serve(
     import uvicorn
 
     from cacheflow.async_server import AsyncLLMServer
-    from cacheflow.entrypoints.slow_clients import timed_protocol
+    from cacheflow.entrypoints.turns import ACCEPTED_AT_A_TIME, TurnTakingServer, turn_taking_protocol
 
-    class Server(uvicorn.Server):
+    class Server(TurnTakingServer):
         def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
             return contextlib.nullcontext()  # The engine must be closed before a signal may end the process.
 
@@ -133,7 +133,8 @@ async def serve(
         return Server(
             uvicorn.Config(
                 door,
-                http=timed_protocol(edge.receive_timeout),
+                http=turn_taking_protocol(edge.receive_timeout),
+                backlog=ACCEPTED_AT_A_TIME,
                 h11_max_incomplete_event_size=edge.max_header_bytes,
                 ws="none",
                 lifespan="off",

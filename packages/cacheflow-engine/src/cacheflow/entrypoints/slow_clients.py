@@ -6,18 +6,12 @@ Bodies have theirs in `cacheflow.edge`. It knows no application. It imports uvic
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol  # Not httptools, which has no limit on headers.
 
 
-def timed_protocol(timeout_s: float) -> Any:
-    """What uvicorn takes as `http`: makes the protocol of a new connection."""
-    return partial(_TimedProtocol, timeout_s)
-
-
-class _TimedProtocol(H11Protocol):
+class TimedProtocol(H11Protocol):
     """Cuts a connection off that is not within an answer for too long: it sent nothing, or bytes that make up no request.
 
     Between two requests uvicorn closes a connection on which nothing comes at all, and does so sooner.
@@ -29,14 +23,17 @@ class _TimedProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        """The time begins."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        """It ends with the headers of a request, and begins anew with its answer's end."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """It is of no concern any more."""
         self._unwatch()
         super().connection_lost(exc)
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from cacheflow.edge import keys_from_environment
 from cacheflow.entrypoints.top_frame import History, Reading, frame, printable
 from cacheflow.errors import CacheflowError
 
@@ -36,7 +38,7 @@ class ServerError(CacheflowError):
 
 @click.command()
 @click.argument("url", default="http://localhost:8001")
-@click.option("--api-key", envvar="CACHEFLOW_API_KEY", help="Where the server wants one. Better in CACHEFLOW_API_KEY.")
+@click.option("--api-key", help="Where the server wants one. Better in CACHEFLOW_API_KEY; of several there, the first is sent.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 60),
@@ -48,25 +50,36 @@ class ServerError(CacheflowError):
 @click.option("--once", is_flag=True, help="Print one reading and end, for scripts.")
 def top(url: str, api_key: str | None, interval: float, once: bool) -> None:
     """Watch the server at URL: its KV blocks, requests, rates and latencies. Press q to end."""
-    server = _Server(url, api_key)
+    server = _Server(url, next(iter(keys_from_environment()), None) if api_key is None else api_key)
     console, history = Console(), History()
     if once:
         history.add(server.read())
         console.print(frame(history, url, console.size.width, None, has_colours=console.color_system is not None))
         return
     server.read()  # A wrong address or key is an error at once; what fails later is shown and tried again.
-    # A signal to end leaves the terminal as it was, too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         _watch(server, history, console, url, interval)
 
 
 def _watch(server: _Server, history: History, console: Console, url: str, interval: float) -> None:
+    """Shows frames until a key, or a signal, ends it; the terminal is then as it was."""
+    is_ending = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal is_ending
+        if not is_ending:
+            # Noted as well as raised, because Python drops what is raised inside a destructor or a callback.
+            is_ending = True
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
     def picture(problem: str | None) -> RenderableType:
         return frame(history, url, *console.size, problem, has_colours=console.color_system is not None)
 
     with _keys() as key_within, Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
+        while not is_ending:
             problem = None
             try:
                 history.add(server.read())
@@ -74,7 +87,7 @@ def _watch(server: _Server, history: History, console: Console, url: str, interv
                 problem = str(error)
             live.update(picture(problem), refresh=True)
             end_s, size = time.monotonic() + interval, console.size
-            while (left_s := end_s - time.monotonic()) > 0:
+            while not is_ending and (left_s := end_s - time.monotonic()) > 0:
                 if key_within(min(left_s, 0.1)):
                     return
                 if console.size != size:
@@ -93,6 +106,8 @@ class _Server:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise click.UsageError(f"{url} is not the address of a server. It looks like http://localhost:8001.")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise click.UsageError("An API key is printable ASCII.")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._url = url
         self._path = parts.path.rstrip("/")
@@ -127,8 +142,8 @@ class _Server:
         if response.status == 401:
             raise ServerError(f"{self._url} needs an API key: give it in CACHEFLOW_API_KEY, or with --api-key.")
         if response.status != 200:
-            error = document.get("error") if isinstance(document, dict) else None
-            message = str(error.get("message") or "") if isinstance(error, dict) else ""
+            told = document.get("error") if isinstance(document, dict) else None
+            message = str(told.get("message") or "") if isinstance(told, dict) else ""
             raise ServerError(f"{self._url} answers with status {response.status}. {printable(message)}".rstrip())
         return document
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 from cacheflow.interfaces import RequestView
 
 MAX_REMEMBERED = 4096
-"""Clients, and requests, whose round `Fair` remembers; one that is forgotten gains a turn at most."""
+"""Clients, and requests, whose round `Fair` remembers before it forgets rounds that are over; a client gains a turn by that at
+most."""
 
 
 class FCFS:
@@ -49,9 +50,9 @@ class Priority:
 class Fair:
     """Clients take turns: a client's k-th unserved request comes after every other client's (k-1)-th.
 
-    Each request gets the number of a round on arrival: one more than its client's last one, and no less than the round now
-    being served, so that a client that was away gains no credit (start-time fair queueing, Goyal et al., SIGCOMM '96, with one
-    request as the unit).
+    Each request gets the number of a round on arrival: behind its client's last one, and no less than the round now being
+    served, so that a client that was away gains no credit (start-time fair queueing, Goyal et al., SIGCOMM '96, with one
+    sequence as the unit: a request for n of them takes n turns).
     """
 
     CONTRACT_VERSION: ClassVar[int] = 1
@@ -60,13 +61,16 @@ class Fair:
         self._round = 0
         self._last_round: dict[str, int] = {}
         self._round_of: dict[int, int] = {}
+        self._most_remembered = MAX_REMEMBERED
 
     def key(self, view: RequestView) -> tuple[int, float, int]:
         """By round, then arrival."""
-        if max(len(self._last_round), len(self._round_of)) >= MAX_REMEMBERED:
+        if max(len(self._last_round), len(self._round_of)) >= self._most_remembered:
             self._forget_rounds_below(self._round + 1)
+            # All of them may be needed still: forgetting is tried again when there are twice as many, not at each arrival.
+            self._most_remembered = max(MAX_REMEMBERED, 2 * len(self._last_round), 2 * len(self._round_of))
         turn = max(self._round, self._last_round.get(view.client_id, -1) + 1)
-        self._last_round[view.client_id] = turn
+        self._last_round[view.client_id] = turn + view.num_sequences - 1
         self._round_of[view.arrival_index] = turn
         return (turn, view.arrival_s, view.arrival_index)
 

@@ -33,7 +33,8 @@ from cacheflow.types import (
 )
 
 GOOD_STEPS = 64
-"""After so many steps in a row that found enough memory, a budget that was lowered doubles: at most one in so many fails."""
+"""After so many steps in a row that found enough memory, a budget that was lowered doubles: at most one in so many fails. Each
+time that doubling was wrong, it takes twice as many: a long prompt that starts again gets through in between."""
 WATERMARK = 0.01
 """Share of all blocks that admission leaves free, so that running sequences can grow before the first preemption."""
 
@@ -89,6 +90,8 @@ class Scheduler:
         self.num_unfinished_sequences = 0
         self._token_limit = max_num_batched_tokens
         self._num_good_steps = 0
+        self._num_steps_to_grow = GOOD_STEPS
+        self._has_grown = False  # and no step has found too little memory since
         self._num_seats_taken = 0  # by what runs, of max_num_seqs
         self._num_arrivals = 0
         self._num_sequences = 0
@@ -164,6 +167,7 @@ class Scheduler:
         if source.resumed:
             request.has_forked = True
             request.num_scored_tokens = num_prompt_tokens
+            request.num_output_tokens = sum(len(sequence.token_ids) for sequence in source.resumed)
         if params.use_beam_search:
             request.beam = BeamSearch(
                 width=params.num_sequences,
@@ -234,6 +238,21 @@ class Scheduler:
         requests += heapq.nsmallest(MAX_VIEWED_REQUESTS - len(requests), waiting)
         owners = {sequence.id: number for number, request in enumerate(requests) for sequence in request.sequences}
         return EngineView(stats=self.stats(), requests=[r.summary for r in requests], blocks=self.kv.block_map(owners))
+
+    def check(self) -> None:
+        """Asserts that every count kept along the way is what counting anew gives, and the invariants of the KV cache."""
+        self.kv.check()
+        assert sorted(self._running) == self._running, "the running requests are out of order"
+        assert all(self.is_alive(r) and r.is_running for r in self._running), "a request that has ended runs"
+        waiting = [r for r in self._waiting if self.is_alive(r)]
+        assert not any(r.is_running for r in waiting), "a running request waits"
+        assert len(waiting) + len(self._running) == len(self._requests), "a request neither waits nor runs, or does both"
+        assert self._num_dead == len(self._waiting) - len(waiting)
+        assert self.num_waiting_tokens == sum(r.num_prompt_tokens + r.num_output_tokens for r in waiting)
+        assert self.num_unfinished_sequences == sum(r.source.params.num_sequences for r in self._requests.values())
+        assert self._num_seats_taken == sum(r.source.params.num_sequences for r in self._running)
+        held = {sequence.id for request in self._running for sequence in request.sequences}
+        assert self.kv.tables.keys() <= held, "a sequence that does not run holds blocks"
 
     # A step is made.
 
@@ -423,8 +442,11 @@ class Scheduler:
         self._num_steps += 1
         if self._token_limit < self._max_num_batched_tokens:
             self._num_good_steps += 1
-            if self._num_good_steps == GOOD_STEPS:
+            if self._num_good_steps == self._num_steps_to_grow:
                 self._num_good_steps = 0
+                if self._has_grown:
+                    self._num_steps_to_grow = GOOD_STEPS
+                self._has_grown = True
                 self._token_limit = min(2 * self._token_limit, self._max_num_batched_tokens)
         updates: dict[int, RequestUpdate] = {}
         beams: dict[int, tuple[Request, list[Sample]]] = {}
@@ -468,6 +490,9 @@ class Scheduler:
             return False
         self._token_limit = max(1, num_tokens // 2)
         self._num_good_steps = 0
+        if self._has_grown:
+            self._num_steps_to_grow *= 2
+        self._has_grown = False
         return True
 
     def reset(self) -> None:
@@ -604,7 +629,8 @@ class Scheduler:
         was_waiting = not request.is_running
         self._release(request)
         del self._requests[request.source.client_id, request.source.request_id]
-        self._finished_indices.append(request.arrival_index)
+        if request.num_cached_tokens >= 0:  # Otherwise it was never in a step, and no worker knows it.
+            self._finished_indices.append(request.arrival_index)
         self.num_unfinished_sequences -= request.source.params.num_sequences
         if was_waiting:
             self.num_waiting_tokens -= request.num_known_tokens

@@ -20,7 +20,13 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from cacheflow.errors import CacheflowError, EngineDeadError, EngineDrainingError, InvalidRequestError
+from cacheflow.errors import (
+    CacheflowError,
+    EngineDeadError,
+    EngineDrainingError,
+    EngineOverloadedError,
+    InvalidRequestError,
+)
 from cacheflow.service import wire
 from cacheflow.service.keys import EngineKey
 from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate, ResumedSequence
@@ -35,6 +41,10 @@ LOADING_LOG_INTERVAL_S = 10.0
 """How often waiting for a model that loads is worth a line in the log."""
 REJOIN_TIMEOUT_S = 30.0
 """How long an engine that was lost may take until it, or another one at its address, answers; loading counts as an answer."""
+REJOIN_PAUSE_S = 1.0
+"""How long to wait before an engine is looked for again, after one could not be had."""
+MAX_UNSENT = 1024
+"""Requests that came while there was no engine, and wait for one."""
 GOODBYE_LINGER_MS = 200
 """How long closing waits for the last messages to be taken."""
 
@@ -48,12 +58,14 @@ class _Stream:
     Attributes:
         request: As it was sent first.
         updates: What has arrived; an exception ends the stream.
+        is_sent: Some engine was sent it, and may have accepted it.
         is_left: The caller has gone; the engine has yet to say its last word on the request.
         ended: Set with the last word, after which the request's id is free again.
     """
 
     request: EngineRequest
     updates: asyncio.Queue[RequestUpdate | CacheflowError] = field(default_factory=asyncio.Queue)
+    is_sent: bool = False
     is_left: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _received: dict[int, ResumedSequence] = field(default_factory=dict)
@@ -95,7 +107,8 @@ class EngineClient:
     """A connection to an engine process. Made by `connect`, within a running event loop, and to be closed.
 
     When the engine dies and another one comes up at its address within the stated time, every unfinished request is sent to
-    it with what was received so far, and its stream goes on: nothing is lost, nothing comes twice.
+    it with what was received so far, and its stream goes on: nothing is lost, nothing comes twice. After that time the requests
+    end with an error and new ones are refused, until an engine answers there again.
 
     Attributes:
         address: Of the engine.
@@ -123,6 +136,7 @@ class EngineClient:
         self._reading_waiters: deque[asyncio.Future[Any]] = deque()
         self._is_draining = False
         self._is_engine_draining = False
+        self._outage: EngineDeadError | None = None
         self._death: EngineDeadError | None = None
         self._task = asyncio.create_task(self._stay_connected())
 
@@ -172,7 +186,7 @@ class EngineClient:
 
         Raises:
             InvalidRequestError: The request can't be served, can't be sent, or its id is in use.
-            EngineOverloadedError: The engine's waiting room is full.
+            EngineOverloadedError: The engine's waiting room is full, or the engine is gone and too much waits for another one.
             EngineDrainingError: This side or the engine is ending.
             EngineDeadError: The engine ended or can't be reached.
         """
@@ -181,6 +195,7 @@ class EngineClient:
         try:
             if self._is_connected:  # Otherwise it is sent with the others, once an engine is there again.
                 self._connection.send(data)
+                stream.is_sent = True
             while True:
                 update = await stream.updates.get()
                 if isinstance(update, CacheflowError):
@@ -244,8 +259,7 @@ class EngineClient:
         if self._death is not None:
             return
         self._death = error
-        for request_id in list(self._streams):
-            self._end(request_id, EngineDeadError(str(error)))
+        self._fail_streams(error)
         self._fail_readings(error)
 
     async def close(self) -> None:
@@ -261,8 +275,9 @@ class EngineClient:
     async def _open(self, request: EngineRequest) -> _Stream:
         request_id = request.request_id
         while True:
-            if self._death is not None:
-                raise EngineDeadError(str(self._death))
+            error = self._death or self._outage
+            if error is not None:
+                raise EngineDeadError(str(error))
             if self.is_draining:
                 raise EngineDrainingError("The server is ending: it finishes what runs and takes nothing new. Try again soon.")
             known = self._streams.get(request_id)
@@ -271,6 +286,12 @@ class EngineClient:
             if not known.is_left:
                 raise InvalidRequestError(f"The request id {request_id!r} is in use.", param="request_id")
             await known.ended.wait()
+        num_unsent = 0 if self._is_connected else sum(not s.is_sent for s in self._streams.values())
+        if num_unsent >= MAX_UNSENT:
+            raise EngineOverloadedError(
+                f"The engine is gone, and {num_unsent} requests wait for another one. Try again in {REJOIN_PAUSE_S:g} s.",
+                REJOIN_PAUSE_S,
+            )
         stream = self._streams[request_id] = _Stream(request)
         return stream
 
@@ -282,11 +303,17 @@ class EngineClient:
 
     async def _read(self, question: wire.StatsRequest | wire.ViewRequest) -> Any:
         if not self.is_alive:
-            raise EngineDeadError(str(self._death or f"The engine at {self.address} is gone; another one is waited for."))
+            raise EngineDeadError(
+                str(self._death or self._outage or f"The engine at {self.address} is gone; another one is waited for.")
+            )
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._reading_waiters.append(waiter)
         self._connection.send(wire.encode_client_message(question))
         return await waiter
+
+    def _fail_streams(self, error: EngineDeadError) -> None:
+        for request_id in list(self._streams):
+            self._end(request_id, EngineDeadError(str(error)))
 
     def _fail_readings(self, error: EngineDeadError) -> None:
         while self._reading_waiters:
@@ -306,11 +333,8 @@ class EngineClient:
                 if self._death is not None:
                     return
                 logger.warning("%s Waiting up to %g s for one to answer there.", loss, self._rejoin_timeout_s)
-                try:
-                    self._connection = await self._rejoin()
-                except CacheflowError as error:
-                    self.fail(EngineDeadError(f"{loss} {error}"))
-                    return
+                self._connection = await self._rejoin(loss)
+                self._outage = None
                 self._is_connected = True
                 self._is_engine_draining = False
                 self._send_again()
@@ -329,7 +353,19 @@ class EngineClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _rejoin(self) -> _Connection:
+    async def _rejoin(self, loss: EngineDeadError) -> _Connection:
+        """Looks for an engine until there is one; gives up what waits for it when that takes longer than was stated."""
+        while True:
+            try:
+                return await self._try_rejoin()
+            except CacheflowError as error:
+                if self._outage is None:
+                    self._outage = EngineDeadError(f"{loss} {error}")
+                    logger.error("%s Requests are refused until an engine of this model answers there.", self._outage)
+                    self._fail_streams(self._outage)
+                await asyncio.sleep(REJOIN_PAUSE_S)
+
+    async def _try_rejoin(self) -> _Connection:
         connection = _Connection(wire.parse_address(self.address, has_key=self._key is not None), self._key)
         try:
             info = await _shake_hands(connection, self.client_id, self.address, self._rejoin_timeout_s)
@@ -345,7 +381,11 @@ class EngineClient:
             if stream.is_left:
                 self._end(request_id, RequestUpdate(request_id=request_id, sequences=[], finished=True))
             else:
-                self._connection.send(wire.pack_request(stream.again(), is_again=True))
+                try:
+                    self._connection.send(wire.pack_request(stream.again(), is_again=stream.is_sent))
+                    stream.is_sent = True
+                except InvalidRequestError as error:  # With its outputs it is more than a message takes.
+                    self._end(request_id, error)
         logger.warning("The engine at %s is back; %d requests go on.", self.address, len(self._streams))
 
     async def _receive(self) -> EngineDeadError:

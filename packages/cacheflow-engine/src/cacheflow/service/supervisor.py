@@ -128,7 +128,10 @@ class EngineProcess:
             delay_s = BACK_OFF_S * (2 ** (num_deaths - 1) - 1)
             logger.error("%s. It is started again in %g s.", end, delay_s)
             await asyncio.sleep(delay_s)
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:
+                return f"{end}, and another one can't be started: {error}"
 
     async def close(self) -> None:
         """Ends the process: SIGTERM, and after `END_TIMEOUT_S` SIGKILL. May be called twice."""
