@@ -20,6 +20,7 @@ from cacheflow.layers.torch_ops import TorchOps
 from cacheflow.loading.safetensors_files import SafetensorsLoader
 from cacheflow.models.llama import Llama
 from cacheflow.sampling.processors import MinTokens, Penalties
+from cacheflow.sampling.sampler import row_maxima
 from cacheflow.scheduling.policies import FCFS
 
 
@@ -100,6 +101,12 @@ class QuantisesTooMuch(TorchOps):
         self, weight: torch.Tensor, bias: torch.Tensor | None, *, form: str = "plain", is_gated: bool = False
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         return super().linear(weight, bias, form="int4" if form == "int8" else form, is_gated=is_gated)
+
+
+class FindsTheLastPlace(TorchOps):
+    def row_maxima(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values, _, normalisers = row_maxima(logits)
+        return values, logits.shape[1] - 1 - row_maxima(logits.flip(1))[1], normalisers
 
 
 class MixesUpThePairs(TorchOps):
@@ -233,6 +240,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("op_providers", OpensNoGate, "gated_linear"),
     ("op_providers", QuantisesTooMuch, "quantised_linear"),
     ("op_providers", MixesUpThePairs, "rotary"),
+    ("op_providers", FindsTheLastPlace, "row_maxima"),
     ("logits_processors", MasksEveryRow, "only_given_rows_change"),
     ("logits_processors", AlwaysThere, "default_params_do_not_use_it"),
     ("logits_processors", CallsItselfInvariant, "argmax_invariant_is_honest"),

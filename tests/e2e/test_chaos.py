@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -265,6 +266,37 @@ def test_a_second_signal_ends_at_once(servers: Servers) -> None:
     assert frontend.process.wait(DEADLINE_S) == 0, frontend.log.read_text()
     reading.join(DEADLINE_S)
     assert "error" in stream.last
+
+
+def test_a_second_signal_ends_an_engine_at_once_and_its_streams_go_on_in_the_next(servers: Servers) -> None:
+    engine = servers.engine("--drain-timeout", "1000")
+    _, url = servers.frontend()
+    whole = Answer(url, LONG).run().last
+    stream = Answer(url, LONG)
+    reading = in_background(stream.run)
+    wait_until(lambda: bool(stream.texts), "no token")
+    engine.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: get(url, "/health/ready")[0] == 503, "it does not say that it ends")
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(DEADLINE_S) == 0, engine.log.read_text()
+    assert not stream.is_over
+    servers.engine()
+    reading.join(DEADLINE_S)
+    assert stream.last == whole
+
+
+def test_an_engine_and_a_frontend_with_its_key_talk_over_tcp(servers: Servers, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        servers.address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    key = str(tmp_path / "engine.key")
+    engine = servers.engine("--engine-key", key)
+    engine.wait_for("Serving ")
+    frontend, url = servers.frontend("simple", "--engine-key", key)
+    answer = Answer(url, {"prompt": "hello", "max_tokens": 3}).run()
+    assert answer.status == 200
+    for program in (frontend, engine):
+        program.stop()
+        assert program.process.returncode == 0, program.log.read_text()
 
 
 def test_at_four_times_the_capacity_each_request_is_answered_and_health_is_too(servers: Servers) -> None:

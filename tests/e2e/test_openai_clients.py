@@ -44,7 +44,7 @@ def client_file(client: str, name: str) -> Path:
 def run(*command: str | Path, folder: Path | None = None, timeout_s: float = 2 * DEADLINE_S, **variables: str) -> str:
     """What a client prints. It may use nothing of this user's, and no network."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TMPDIR")}
-    environment = {**kept, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    environment = {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=folder)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout

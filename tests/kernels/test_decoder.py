@@ -40,7 +40,7 @@ def forward(
         return q + torch.cat((k, v), dim=-1).roll(1, 0)
 
     tokens = torch.randint(0, 99, (num_tokens,), generator=random)
-    hidden = model.forward(model.embed(tokens), torch.arange(num_tokens), attend)
+    hidden = model.forward(model.embed(tokens), torch.arange(num_tokens) % 50, attend)
     return hidden, layers
 
 
@@ -53,6 +53,18 @@ def test_a_fused_decoder_gives_bit_for_bit_what_its_ops_give(
     fused, layers = forward(dtype, num_tokens, is_fused=True, settings=settings)
     single, _ = forward(dtype, num_tokens, is_fused=False, settings=settings)
     assert layers == [0, 1]
+    assert torch.equal(fused, single)
+
+
+@pytest.mark.parametrize("num_tokens", [256, 300, 1100])
+def test_rows_shared_out_among_threads_give_the_same_bits(num_tokens: int) -> None:
+    single, _ = forward(torch.bfloat16, num_tokens, is_fused=False, settings={})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fused, _ = forward(torch.bfloat16, num_tokens, is_fused=True, settings={})
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(fused, single)
 
 

@@ -103,6 +103,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
         request("a", body="text"),
         request("a", body={"stream": True}),
         request("a" * 600),
+        request("\ud800"),
     ],
     ids=lambda line: json.dumps(line)[:40],
 )
@@ -148,6 +149,20 @@ def test_a_request_that_the_engine_has_no_room_for_is_tried_again(tmp_path: Path
     answers = run(app, write(tmp_path / "in", request("a")), tmp_path / "out")
     assert app.asked == ["a"] * 4
     assert answers[0]["response"]["status_code"] == 200
+
+
+def test_an_error_that_nobody_foresaw_is_the_answer_of_its_request_alone(tmp_path: Path) -> None:
+    class Broken(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            body = (await receive())["body"]
+            status = 500 if b"bad" in body else 200
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+            if status == 500:
+                raise RuntimeError("Raised again, as Starlette does.")
+
+    answers = run(Broken(), write(tmp_path / "in", request("a"), request("bad"), request("b")), tmp_path / "out")
+    assert {a["custom_id"]: a["response"]["status_code"] for a in answers} == {"a": 200, "bad": 500, "b": 200}
 
 
 def test_an_engine_that_stays_away_ends_the_run_and_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cacheflow.config import EngineConfig
-from cacheflow.errors import EngineDeadError, InvalidRequestError, OutOfMemoryError
+from cacheflow.errors import CacheflowError, EngineDeadError, InvalidRequestError, OutOfMemoryError
 from cacheflow.interfaces import Executor, StepOutput
 from cacheflow.kvcache.manager import KVManager
 from cacheflow.plugins import load_plugin, select_plugin
@@ -181,7 +181,9 @@ class EngineCore:
             logger.info("The request %s can't be served: %s", request_id, error)
             return [self.scheduler.fail(requests[0], str(error), is_invalid=True)]
         logger.error("The request %s made its step fail.", request_id, exc_info=error)
-        return [self.scheduler.fail(requests[0], f"{type(error).__name__}: {error}", is_invalid=False)]
+        # What is no error of ours may tell of paths and addresses, and the request's client may be anybody.
+        told = str(error) if isinstance(error, CacheflowError) else "The engine's log says more."
+        return [self.scheduler.fail(requests[0], f"{type(error).__name__}: {told}", is_invalid=False)]
 
     def _check_token_ids(self, request: EngineRequest) -> None:
         params, vocab_size = request.params, self.info.vocab_size

@@ -42,7 +42,7 @@ MAX_KEY_FILE_BYTES = 65536
 MAX_SHOWN = 64
 REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, retry-after"
+EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, retry-after, x-cacheflow-ignored-fields"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -309,8 +309,9 @@ QUANTISATION_GROUP = 32
 class OpProvider(Protocol):
     """The operations between attention calls. Inputs are contiguous in the last axis; outputs are new tensors unless said.
 
-    A provider may have two methods more: `decoder`, which runs all layers of a Llama-shaped model (see `layers.decoder`), and
-    `row_maxima`, which greedy sampling asks (see `sampling.sampler.row_maxima`).
+    A provider may have three methods more: `decoder`, which runs all layers of a Llama-shaped model (see `layers.decoder`),
+    `row_maxima`, which greedy sampling asks (see `sampling.sampler.row_maxima`), and `draw_rows`, which random sampling asks (see
+    `sampling.sampler.DrawRows`).
     """
 
     CONTRACT_VERSION: ClassVar[int]

@@ -432,7 +432,7 @@ def linear(
         weight: `[out_features, in_features]`.
         bias: `[out_features]` or None.
         form: One of `LINEAR_FORMS`.
-        group_size: Inputs that share a scale in the forms "int8" and "int4": an even number; 32 to 128 is usual.
+        group_size: Inputs that share a scale in the forms "int8" and "int4": a multiple of 32; 32 to 128 is usual.
         is_gated: The first half of the outputs are gates, the second half what they let through, and the result is
             `silu(first half) * second half`: the two products and the activation of a SwiGLU at once.
         implementation: "auto" or a name.
@@ -449,8 +449,8 @@ def linear(
         _require(valid, "bias", bias, f"[{weight.shape[0]}] {weight.dtype} on {weight.device}")
     if form not in LINEAR_FORMS:
         raise ValueError(f"form must be one of {', '.join(LINEAR_FORMS)}, got {form!r}.")
-    if group_size < 2 or group_size % 2:
-        raise ValueError(f"group_size must be an even number of inputs, got {group_size}.")
+    if group_size < 32 or group_size % 32:
+        raise ValueError(f"group_size must be a multiple of 32 inputs, got {group_size}.")
     if is_gated and weight.shape[0] % 2:
         raise ValueError(f"is_gated needs an even number of outputs, half of them gates, got {weight.shape[0]}.")
     multiply: Callable[[Tensor], Tensor] = _select("linear", implementation, weight)(weight, bias, form, group_size, is_gated)

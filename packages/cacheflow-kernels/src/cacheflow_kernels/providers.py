@@ -54,6 +54,7 @@ class CpuOps:
         self.rotary = rows.rotary
         self.silu_and_mul = rows.silu_and_mul
         self.row_maxima = rows.row_maxima
+        self.draw_rows = rows.draw_rows
 
     def linear(
         self, weight: Tensor, bias: Tensor | None, *, form: str = "plain", is_gated: bool = False

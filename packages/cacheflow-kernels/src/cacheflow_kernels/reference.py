@@ -146,6 +146,18 @@ def row_maxima(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, (wide == values[:, None]).int().argmax(dim=1), wide.logsumexp(dim=1)
 
 
+def draw_rows(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of `rows` the place at which the running sum of `exp(x / temperature)` passes `number` of the total.
+
+    Returns:
+        The places, and the logarithms of their probabilities at temperature 1.
+    """
+    wide = x[rows].double()
+    ends = (wide / temperatures[:, None].double()).softmax(dim=1).cumsum(dim=1)
+    tokens = torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True).clamp_(max=x.shape[1] - 1)
+    return tokens[:, 0], wide.log_softmax(dim=1).gather(1, tokens)[:, 0].float()
+
+
 def linear(weight: Tensor, bias: Tensor | None, form: str, group_size: int, is_gated: bool) -> Callable[[Tensor], Tensor]:
     """`x @ weight.T + bias`, with the weight quantised as `form` says, and gated in the end.
 

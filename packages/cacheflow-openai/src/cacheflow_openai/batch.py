@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cacheflow.errors import ConfigError, EngineDeadError
+
+logger = logging.getLogger(__name__)
 
 URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINE_BYTES = 64 * 2**20
@@ -76,7 +79,7 @@ def parse_line(data: bytes) -> BatchRequest:
     if not isinstance(entry, dict):
         raise InvalidLineError("The line must be a JSON object with custom_id, method, url and body.")
     name = entry.get("custom_id")
-    if not isinstance(name, str) or not 1 <= len(name) <= MAX_ID_LENGTH:
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_ID_LENGTH or not _is_utf8(name):
         raise InvalidLineError(f"custom_id must be a string of 1 to {MAX_ID_LENGTH} characters.")
     body = entry.get("body")
     if entry.get("method") != "POST":
@@ -309,8 +312,23 @@ async def call(app: Any, path: str, body: bytes, api_key: str | None) -> tuple[i
         else:
             parts.append(message.get("body", b""))
 
-    await app(scope, receive, send)
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if not parts:
+            raise
+        # A framework tells its client of an error that nobody foresaw, and raises it again for the server's log.
+        logger.exception("A request to %s failed.", path)
     return status, answered, b"".join(parts)
+
+
+def _is_utf8(text: str) -> bool:
+    """Not so for half of a surrogate pair, which JSON can write and no file can have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _seconds(retry_after: bytes) -> float:

@@ -105,6 +105,8 @@ class _Response:
     def fail(self, message: str) -> None:
         """The request has failed."""
         self._status, self._error = "failed", {"code": "server_error", "message": message}
+        if self._is_open:
+            self._items[-1]["status"] = "incomplete"
 
     def document(self, usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """OpenAI's object as it stands."""

@@ -21,6 +21,7 @@ from cacheflow_openai.batch import BatchOutput, Line, pending_lines, run_lines
 @click.argument("source", metavar="INPUT", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", metavar="OUTPUT", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--engine", metavar="ADDRESS", help="A running `cacheflow engine`. Default: start one.")
+@click.option("--engine-key", metavar="FILE", help="A copy of that engine's --engine-key, for TCP.")
 @click.option("--served-model-name", metavar="NAME", help="What requests call the model. Default: its name.")
 @click.option("--max-concurrency", type=click.IntRange(1, 4096), default=256, help="Requests that the engine has at a time.")
 @options_from(EngineConfig)
@@ -31,6 +32,7 @@ def run_batch(
     source: Path,
     target: Path,
     engine: str | None,
+    engine_key: str | None,
     served_model_name: str | None,
     max_concurrency: int,
     **values: Any,
@@ -41,6 +43,8 @@ def run_batch(
     and it goes on with what has no answer yet.
     """
     config = build(EngineConfig, values)
+    if engine is None and engine_key is not None:
+        raise click.UsageError("--engine-key is for --engine tcp://HOST:PORT; an engine of this command's own needs none.")
     if engine is not None:
         for name in values:
             if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -50,7 +54,10 @@ def run_batch(
     try:
         lines = pending_lines(source, output.done)
         num_done = len(output.done)
-        num_good = asyncio.run(_run(source, lines, output, config, engine, served_model_name, max_concurrency)) if lines else 0
+        num_good = 0
+        if lines:
+            work = _run(source, lines, output, config, engine, engine_key, served_model_name, max_concurrency)
+            num_good = asyncio.run(work)
     finally:
         output.close()
     earlier = f"; {num_done} were there already" if num_done else ""
@@ -63,6 +70,7 @@ async def _run(
     output: BatchOutput,
     config: EngineConfig,
     engine_address: str | None,
+    key_file: str | None,
     model_name: str | None,
     max_concurrency: int,
 ) -> int:
@@ -74,7 +82,9 @@ async def _run(
     from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
 
     options = OpenAIOptions(served_model_name=() if model_name is None else (model_name,))
-    starting = AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address)
+    starting = (
+        AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address, key_file=key_file)
+    )
     num_good = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     async with await starting as server:

@@ -37,7 +37,9 @@ def talk_to_server(talk: Talk) -> bytes:
     """What the server sent to a client that talks so, until it hung up."""
 
     async def run() -> bytes:
-        config = uvicorn.Config(Guard(app, OPTIONS), http=turn_taking_protocol(TIMEOUT_S), lifespan="off", log_config=None, ws="none")
+        config = uvicorn.Config(
+            Guard(app, OPTIONS), http=turn_taking_protocol(TIMEOUT_S), lifespan="off", log_config=None, ws="none"
+        )
         config.load()
         state = uvicorn.server.ServerState()
         server = await asyncio.get_running_loop().create_server(

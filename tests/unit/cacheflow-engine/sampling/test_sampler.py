@@ -274,3 +274,32 @@ def test_processors_are_made_once_per_request_and_dropped_when_it_ends(sampler: 
     assert _tokens(sampler.sample(logits, [0], [_spec(second)])) == [4]
     sampler.forget([0])
     assert _tokens(sampler.sample(logits, [0], [_spec(second)])) == [6]
+
+
+def test_a_providers_draw_is_asked_for_plain_rows_alone_and_whatever_else_is_in_the_step(context: Any) -> None:
+    asked: list[int] = []
+
+    def draw_rows(
+        logits: torch.Tensor, rows: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.extend(rows.tolist())
+        ends = (logits[rows].double() / temperatures[:, None]).softmax(dim=-1).cumsum(dim=-1)
+        tokens = torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True)
+        return tokens[:, 0], logits[rows].log_softmax(dim=-1).gather(1, tokens)[:, 0]
+
+    fused, logits = Sampler(context, draw_rows=draw_rows), _logits(5)
+    specs = [
+        _spec(_params(temperature=0.8), request=0),
+        _spec(_params(temperature=0.8, top_p=0.5), request=1),
+        _spec(_params(temperature=0.0), request=2),
+        _spec(_params(temperature=1.3, logprobs=2), request=3),
+        _spec(_params(temperature=1.5), request=4),
+        _spec(_params(temperature=1.5), request=4, index=1),
+    ]
+    rows = [0, 1, 2, 3, 4, 4]
+    together = fused.sample(logits, rows, specs)
+    assert asked == [0, 4, 4]
+    assert together == [fused.sample(logits, [row], [spec])[0] for row, spec in zip(rows, specs, strict=True)]
+    own = Sampler(context).sample(logits, rows, specs)
+    assert _tokens(together) == _tokens(own)
+    assert [s.logprobs[0] for s in together] == pytest.approx([s.logprobs[0] for s in own], abs=1e-5)

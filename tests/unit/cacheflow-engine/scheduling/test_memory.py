@@ -88,6 +88,16 @@ def test_after_a_while_steps_grow_again() -> None:
     assert executor.largest >= 8
 
 
+def test_a_long_prompt_that_must_start_again_gets_through_between_two_tries_of_larger_steps() -> None:
+    core, executor = make_core(room=1)
+    long = EngineRequest(
+        request_id="long", prompt_token_ids=[8] * (2 * GOOD_STEPS), params=SamplingParams(seed=0), arrival_s=0.0, task="embed"
+    )
+    core.add(long)
+    run(core)
+    assert executor.num_failures == 7
+
+
 def test_a_request_that_alone_finds_too_little_memory_fails_with_the_numbers_and_the_others_go_on() -> None:
     core, _ = make_core(room=3)
     for number in range(4):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cacheflow.errors import (
     InvalidRequestError,
     ModelNotFoundError,
 )
+from cacheflow.service import client as client_module
 from cacheflow.service import host as host_module
 from cacheflow.service import wire
 from cacheflow.service.backlog import Backlog
@@ -370,7 +372,7 @@ def test_what_outlasts_the_draining_ends_with_an_error_and_frees_its_blocks(engi
     with_client(engine.address, work)
 
 
-def test_a_request_that_fails_tells_why_and_hurts_no_other(address: str) -> None:
+def test_a_request_that_fails_tells_nothing_of_the_inside_and_hurts_no_other(address: str) -> None:
     config = EngineConfig(block_size=16, max_num_batched_tokens=64, max_num_seqs=16)
     core = EngineCore(config, SimulatedExecutor(2000, 16, 64, poison=9))
 
@@ -379,7 +381,7 @@ def test_a_request_that_fails_tells_why_and_hurts_no_other(address: str) -> None
             return [update async for update in client.submit(a_request)][-1]
 
         good, bad = await asyncio.gather(last_of(request("good")), last_of(request("bad", prompt=[9])))
-        assert bad.error == "RuntimeError: poison"
+        assert bad.error == "RuntimeError: The engine's log says more."
         assert good.error is None
 
     with engine_at(address, core):
@@ -401,7 +403,7 @@ class FailingCore(EngineCore):
 def test_a_step_that_fails_through_no_requests_fault_fails_those_in_flight_and_the_engine_goes_on(address: str) -> None:
     async def work(client: EngineClient) -> None:
         updates = [update async for update in client.submit(request("first"))]
-        assert [u.error for u in updates] == ["The engine failed: RuntimeError: no fault of a request"]
+        assert [u.error for u in updates] == ["The engine failed (RuntimeError); its log says more."]
         assert await tokens_of(client, request("second")) == expected_tokens([1, 2, 3], 5)
         assert is_idle(await client.stats())
 
@@ -580,6 +582,88 @@ def test_streams_go_on_in_the_next_engine_without_a_missing_or_a_second_token(ad
             assert await late == expected_tokens([1, 2, 3], 5)
         for task, r in zip(tasks, requests, strict=True):
             assert await task == expected_tokens(r.prompt_token_ids, LONG)
+        assert is_idle(await client.stats())
+
+    try:
+        with_client(address, work)
+    finally:
+        engines[-1].stop()
+
+
+def test_a_client_that_gave_its_engine_up_takes_requests_again_when_one_is_there(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "REJOIN_PAUSE_S", 0.01)
+    engines = [Engine(address, make_core())]
+
+    async def work(client: EngineClient) -> None:
+        await asyncio.to_thread(engines[-1].stop)
+        with pytest.raises(EngineDeadError, match="is gone"):
+            await tokens_of(client, request("lost"))
+        engines.append(await asyncio.to_thread(Engine, address, make_core()))
+        while not client.is_alive:
+            await asyncio.sleep(0.01)
+        assert await tokens_of(client, request()) == expected_tokens([1, 2, 3], 5)
+        assert is_idle(await client.stats())
+
+    try:
+        with_client(address, work, rejoin_timeout_s=0.3)
+    finally:
+        engines[-1].stop()
+
+
+def test_what_comes_while_the_engine_is_away_is_bounded_here_and_by_the_next_ones_waiting_room(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "MAX_UNSENT", 40)
+    engines = [Engine(address, make_core())]
+
+    async def work(client: EngineClient) -> None:
+        before = asyncio.create_task(tokens_of(client, request("before", LONG)))
+        await stats_when(client, lambda stats: stats.num_running == 1)
+        await asyncio.to_thread(engines[-1].stop)
+        while client.is_alive:
+            await asyncio.sleep(0.01)
+        tasks = [asyncio.create_task(tokens_of(client, request(f"r{i}"))) for i in range(41)]
+        await asyncio.sleep(0)
+        with pytest.raises(EngineOverloadedError, match="40 requests wait for another one"):
+            await tasks[-1]
+        core = make_core()
+        backlog = Backlog(core, EngineConfig(max_waiting_requests=0))
+        backlog._max_num_sequences = 10
+        engines.append(await asyncio.to_thread(Engine, address, core, backlog))
+        results = await asyncio.gather(*tasks[:-1], return_exceptions=True)
+        refused = [r for r in results if isinstance(r, EngineOverloadedError)]
+        assert refused
+        assert all(r == expected_tokens([1, 2, 3], 5) for r in results if r not in refused)
+        assert await before == expected_tokens([1, 2, 3], LONG)
+
+    try:
+        with_client(address, work)
+    finally:
+        engines[-1].stop()
+
+
+def test_an_embedding_survives_its_engine_and_its_engines_draining(address: str) -> None:
+    engines = [Engine(address, make_core())]
+
+    async def work(client: EngineClient) -> None:
+        long = replace(request("embed", prompt=[1] * 19_000), task="embed")
+
+        async def embed() -> list[RequestUpdate]:
+            return [update async for update in client.submit(long)]
+
+        embedding = asyncio.create_task(embed())
+        await stats_when(client, lambda stats: stats.num_steps > 2)
+        await asyncio.to_thread(engines[-1].stop)
+        engines.append(await asyncio.to_thread(Engine, address, make_core()))
+        while not client.is_alive:
+            await asyncio.sleep(0.01)
+        await stats_when(client, lambda stats: stats.num_running == 1)
+        engines[-1].host.drain(PATIENCE_S)
+        (update,) = await embedding
+        assert update.finished
+        assert update.embedding == pytest.approx([297 / 19_000])  # The simulation's 1 for each of its chunks.
         assert is_idle(await client.stats())
 
     try:

@@ -202,6 +202,29 @@ def check_silu_and_mul(plugin: Any, name: str) -> None:
                 _expect_result(ops.silu_and_mul(x), gate / (1 + (-gate).exp()) * up, spec, f"silu_and_mul [{rows}, 2 * {size}]")
 
 
+def check_row_maxima(plugin: Any, name: str) -> None:
+    """If it is there: the greatest logit, the first place that has it, and the log of the sum of exponentials."""
+    for spec, ops in _providers(plugin):
+        if not hasattr(ops, "row_maxima"):
+            raise NotApplicable("it has no row_maxima, which is optional")
+        draw = _Draw(spec)
+        for size in SIZES:
+            for rows in NUM_ROWS:
+                # Few different numbers, so that the greatest is there more than once.
+                x = (draw(rows, size) * 3).round()
+                values, indices, normalisers = ops.row_maxima(x)
+                what = f"row_maxima [{rows}, {size}]"
+                expect(torch.equal(values, x.float().amax(dim=1)), f"{what}: not each row's greatest number in float32")
+                places = (x == x.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+                expect(torch.equal(indices, places), f"{what}: not the first place that has it")
+                expect(normalisers.dtype == torch.float32, f"{what}: the normalisers are {normalisers.dtype}, not float32")
+                expect_close(normalisers, x.float().logsumexp(dim=1), torch.float32, f"{what}, the normalisers")
+        x = draw(2, 64)
+        x[1, 40] = float("nan")
+        finite = ops.row_maxima(x)[2].isfinite().tolist()
+        expect(finite == [True, False], f"row_maxima: the second row has a NaN, and which normalisers are finite: {finite}")
+
+
 CHECKS = (
     check_supports_gives_reasons,
     check_linear,
@@ -212,4 +235,5 @@ CHECKS = (
     check_layer_norm,
     check_rotary,
     check_silu_and_mul,
+    check_row_maxima,
 )

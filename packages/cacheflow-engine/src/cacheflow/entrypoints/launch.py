@@ -118,7 +118,7 @@ async def serve(
     import uvicorn
 
     from cacheflow.async_server import AsyncLLMServer
-    from cacheflow.entrypoints.turns import ACCEPTED_AT_A_TIME, TurnTakingServer, turn_taking_protocol
+    from cacheflow.entrypoints.turns import ACCEPTED_AT_A_TIME, TurnTakingServer, collect_seldom, turn_taking_protocol
 
     class Server(TurnTakingServer):
         def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
@@ -165,6 +165,7 @@ async def serve(
                 engine = starting.result()
                 door.app = frontend.create_app(engine, options)
                 metrics_door.app = metrics_app(engine, edge)
+                collect_seldom()
                 print(f"Serving {engine.model_info.model} at {url}", flush=True)
                 if metrics_sockets:
                     print(f"Metrics at {_url(edge, metrics_sockets)}/metrics", flush=True)

@@ -18,6 +18,9 @@ from cacheflow.sampling.logprobs import keep_first, logprob_entries, top_tokens
 from cacheflow.sampling.randomness import uniform
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from cacheflow.interfaces import ProcessorContext, SampleSpec
     from cacheflow.types import Logprobs, SamplingParams
 
@@ -34,6 +37,10 @@ LEAST_TEMPERATURE = 1e-20
 
 RowMaxima = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """As `row_maxima`."""
+DrawRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Of `(logits [num_rows, vocab_size], rows, temperatures, numbers)`, the latter `[count]` in int64, float32 and float64: the
+token at which the running sum of `exp(logit / temperature)` passes `number` of the total, int64, and its log probability at
+temperature 1, float32; that is not finite where the row has a NaN or infinity."""
 
 
 class Sampler:
@@ -42,11 +49,15 @@ class Sampler:
     Args:
         context: What processors may ask about the model.
         find_maxima: The op provider's `row_maxima`, if it has one.
+        draw_rows: The op provider's, if it has one; for rows whose distribution nothing but the temperature changes.
     """
 
-    def __init__(self, context: ProcessorContext, find_maxima: RowMaxima | None = None) -> None:
+    def __init__(
+        self, context: ProcessorContext, find_maxima: RowMaxima | None = None, draw_rows: DrawRows | None = None
+    ) -> None:
         self._context = context
         self._row_maxima: RowMaxima = row_maxima if find_maxima is None else find_maxima
+        self._draw_rows = draw_rows
         classes = [load_plugin(GROUP, name) for name in find_plugins(GROUP)]
         self._classes = sorted(classes, key=lambda processor: -processor.priority)
         self._processors: dict[int, tuple[tuple[Any, Any], ...]] = {}
@@ -72,6 +83,22 @@ class Sampler:
             return []
         if all(self._is_plainly_greedy(spec) for spec in specs):
             return self._greedy(logits, row_of_spec, specs)
+        # How a request's row is drawn must not depend on what else is in the step: the others are done apart.
+        plain = [i for i, spec in enumerate(specs) if self._is_plainly_random(spec, logits.shape[1])]
+        if not plain:
+            return self._sample(logits, row_of_spec, specs)
+        drawn = self._draw(logits, [row_of_spec[i] for i in plain], [specs[i] for i in plain])
+        samples = dict(zip(plain, drawn, strict=True))
+        others = [i for i in range(len(specs)) if i not in samples]
+        if others:
+            rows = sorted({row_of_spec[i] for i in others})
+            place = {row: number for number, row in enumerate(rows)}
+            rest = self.sample(_take(logits, rows), [place[row_of_spec[i]] for i in others], [specs[i] for i in others])
+            samples.update(zip(others, rest, strict=True))
+        return [samples[i] for i in range(len(specs))]
+
+    def _sample(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
+        """As `sample`, with everything that requests can ask for."""
         raw = logits.float()
         normaliser = raw.logsumexp(dim=-1, keepdim=True)
         _check_finite(normaliser, row_of_spec, specs)
@@ -122,6 +149,31 @@ class Sampler:
             and not spec.num_candidates
             and all(processor_class.argmax_invariant for processor_class, _ in self._processors_of(spec))
         )
+
+    def _is_plainly_random(self, spec: SampleSpec, vocab_size: int) -> bool:
+        """Whether the provider can draw: nothing but the temperature changes the distribution, and only a token is wanted."""
+        params = spec.params
+        return (
+            self._draw_rows is not None
+            and not (params.is_greedy or spec.num_candidates or _cuts(params, vocab_size) or params.min_p)
+            and params.logprobs is None
+            and not self._processors_of(spec)
+        )
+
+    def _draw(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
+        assert self._draw_rows is not None
+        device = logits.device
+        tokens, logprobs = self._draw_rows(
+            logits,
+            torch.tensor(row_of_spec, device=device),
+            torch.tensor([max(spec.params.temperature, LEAST_TEMPERATURE) for spec in specs], device=device),
+            torch.from_numpy(_numbers(specs)).to(device),
+        )
+        _check_finite(logprobs[:, None], range(len(specs)), specs)
+        return [
+            Sample(token_ids=[token], scores=[logprob], logprobs=[logprob])
+            for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        ]
 
     def _greedy(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
         values, indices, normalisers = self._row_maxima(logits)
@@ -207,17 +259,28 @@ def draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
     inside.div_(temperatures).exp_()
     if any(p.min_p for p in params):
         inside.mul_(inside >= torch.tensor([p.min_p for p in params], device=device)[:, None])
-    cut = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1]
+    cut = [i for i, p in enumerate(params) if _cuts(p, vocab_size)]
     if cut:
         kept = _nucleus(_take(logits, cut), _take(weights, cut), _take(temperatures, cut), [params[i] for i in cut])
         if len(cut) == len(params):
             inside.mul_(kept)
         else:
             inside[torch.tensor(cut, device=device)] *= kept
-    numbers = uniform(
-        [p.seed or 0 for p in params], [spec.index for spec in specs], [len(spec.output_token_ids) for spec in specs]
+    return _invert(weights, torch.from_numpy(_numbers(specs)).to(device))
+
+
+def _cuts(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether top_k or top_p takes tokens away."""
+    return 0 < params.top_k < vocab_size or params.top_p < 1
+
+
+def _numbers(specs: Sequence[SampleSpec]) -> NDArray[np.float64]:
+    """Each spec's own random number."""
+    return uniform(
+        [spec.params.seed or 0 for spec in specs],
+        [spec.index for spec in specs],
+        [len(spec.output_token_ids) for spec in specs],
     )
-    return _invert(weights, torch.from_numpy(numbers).to(device))
 
 
 def _nucleus(

@@ -274,7 +274,14 @@ class Scheduler:
         computing: list[Request] = []
         for request in self._running:
             (decoding if self._is_decoding(request) else computing).append(request)
-        for request in decoding + computing:
+        for request in decoding:
+            if not request.is_running:
+                continue
+            if budget and self._schedule_one_decode(request, plan):
+                budget -= 1
+            else:
+                budget = max(0, budget - self._schedule_request(request, budget, plan))
+        for request in computing:
             if request.is_running:
                 budget = max(0, budget - self._schedule_request(request, budget, plan))
         if self._num_preemptions == num_preemptions:
@@ -286,6 +293,26 @@ class Scheduler:
             return None
         finished, self._finished_indices = tuple(self._finished_indices), []
         return Step(sequences=tuple(plan), copies=self.kv.take_copies(), finished_requests=finished)
+
+    def _schedule_one_decode(self, request: Request, plan: list[ScheduledSequence]) -> bool:
+        """The short way for nearly all requests of a step: a single sequence whose turn changes nothing but its last block."""
+        sequence, start = request.sequences[0], request.sequences[0].num_computed_tokens
+        is_usual = len(request.sequences) == 1 and request.beam is None and request.source.params.prompt_logprobs is None
+        if not (is_usual and sequence.specs and self.kv.reserve(sequence.id, start, start + 1)):
+            return False
+        if (start + 1) % self.kv.block_size == 0:
+            self.kv.publish(sequence.id, sequence.token_ids, start + 1)
+        self._scheduled[sequence.id] = (request, sequence)
+        plan.append(
+            ScheduledSequence(
+                sequence_id=sequence.id,
+                token_ids=sequence.token_ids[start:],
+                num_computed_tokens=start,
+                block_table=tuple(self.kv.tables[sequence.id].blocks),
+                samples=sequence.specs,
+            )
+        )
+        return True
 
     def _schedule_request(self, request: Request, budget: int, plan: list[ScheduledSequence]) -> int:
         """Gives a running request its tokens of this step; returns how many. It may be preempted instead."""

@@ -43,6 +43,9 @@ REJOIN_TIMEOUT_S = 30.0
 """How long an engine that was lost may take until it, or another one at its address, answers; loading counts as an answer."""
 REJOIN_PAUSE_S = 1.0
 """How long to wait before an engine is looked for again, after one could not be had."""
+MAX_READINGS = 256
+"""Questions about the engine's state that may wait for their answers, while a step takes long."""
+READING_RETRY_S = 1.0
 MAX_UNSENT = 1024
 """Requests that came while there was no engine, and wait for one."""
 GOODBYE_LINGER_MS = 200
@@ -225,6 +228,7 @@ class EngineClient:
 
         Raises:
             EngineDeadError: The engine ended or can't be reached.
+            EngineOverloadedError: Too many such questions wait.
         """
         stats: EngineStats = await self._read(wire.StatsRequest())
         return stats
@@ -234,6 +238,7 @@ class EngineClient:
 
         Raises:
             EngineDeadError: The engine ended or can't be reached.
+            EngineOverloadedError: Too many such questions wait.
         """
         view: EngineView = await self._read(wire.ViewRequest())
         return view
@@ -305,6 +310,11 @@ class EngineClient:
         if not self.is_alive:
             raise EngineDeadError(
                 str(self._death or self._outage or f"The engine at {self.address} is gone; another one is waited for.")
+            )
+        if len(self._reading_waiters) >= MAX_READINGS:
+            raise EngineOverloadedError(
+                f"The engine has not answered {MAX_READINGS} earlier questions about its state: its step takes long.",
+                retry_after_s=READING_RETRY_S,
             )
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._reading_waiters.append(waiter)

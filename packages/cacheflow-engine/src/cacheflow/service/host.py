@@ -173,7 +173,7 @@ class Host:
             logger.exception("A step failed outside of any request (%d in a row).", self._num_failed_steps)
             if self._num_failed_steps >= MAX_FAILED_STEPS:
                 raise EngineDeadError(f"{self._num_failed_steps} steps in a row failed; the last: {error}") from error
-            return self._fail_all(f"The engine failed: {type(error).__name__}: {error}")
+            return self._fail_all(f"The engine failed ({type(error).__name__}); its log says more.")
         self._num_failed_steps = 0
         return updates
 
@@ -286,7 +286,7 @@ class Host:
             refused = wire.Refused(message.request_id, str(error), retry_after_s=error.retry_after_s)
         except Exception as error:
             logger.exception("The request %s could not be added.", message.request_id)
-            refused = wire.Refused(message.request_id, f"The engine failed: {type(error).__name__}: {error}")
+            refused = wire.Refused(message.request_id, f"The engine failed ({type(error).__name__}); its log says more.")
         if refused is not None:
             self._send(client.identity, wire.encode_engine_message(refused))
             return

@@ -86,7 +86,7 @@ class Runner:
         attention: Callable[..., torch.Tensor] = self._backend.forward
         self._attend = attention if self._spans is None else self._spans.timed("forward: attention", attention)
         context = TokenizerContext(tokenizer, loaded.spec.vocab_size)
-        self._sampler = Sampler(context, getattr(provider, "row_maxima", None))
+        self._sampler = Sampler(context, getattr(provider, "row_maxima", None), getattr(provider, "draw_rows", None))
         num_blocks = self._plan_blocks(config, max_model_len, dtype)
         shape = self._backend.kv_shape(num_blocks)
         self._kv = [_zeros(shape, dtype, device) for _ in loaded.spec.attention]

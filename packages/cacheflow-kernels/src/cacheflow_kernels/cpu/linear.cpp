@@ -1,10 +1,11 @@
 // Packed matrix products: x [rows][in_features] times a Linear, with bias and gated activation, on all cores.
 //
-// The activations are copied once, in the type that is multiplied, unless they are few and have it. Then threads share out the
-// panels, and each panel meets every tile of rows while it is in its core's cache. Grouped integers are dequantised into that
-// cache, a panel at a time.
+// The activations are copied once, in the type that is multiplied, unless they have it and are few or go to the matrix unit. Then
+// threads share out the panels, and each panel meets every tile of a block of rows while both are in its core's cache. Grouped integers meet bfloat16 rows as they
+// are, and float32 rows dequantised into that cache, a panel at a time.
 #include "linear.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <utility>
 
@@ -34,7 +35,14 @@ private:
     int64_t size_ = 0;
 };
 
-thread_local Scratch row_scratch, scale_scratch, own_scratch;
+thread_local Scratch row_scratch, scale_scratch, sum_scratch, own_scratch;
+
+// Bytes of a block of activations: they stay in a core's cache of 2 MiB beside the panels that pass by. The four products of a
+// layer of 576 with 2,048 rows took 12.2 ms without blocks, and 6.5 with blocks and without a copy of the rows.
+constexpr int64_t BLOCK_BYTES = 768 << 10;
+
+// Rows that meet one strip of grouped integers while it is in the nearest cache.
+constexpr int64_t GROUPED_ROWS = 64;
 
 // One product: what it reads and writes, and how it is cut.
 struct Product {
@@ -52,9 +60,12 @@ struct Product {
     int64_t steps = 0;            // of a tile's function
     int64_t panel_bytes = 0;      // of the weight as it is packed
     const int32_t* activations = nullptr;
+    const int32_t* last_tile = nullptr;  // padded, where x ends within it and is else read in place
     float* row_scales = nullptr;
+    float* row_sums = nullptr;  // GROUPED_INT4 with bfloat16: [rows][num_groups]
 
     bool is_grouped() const { return l.form == GROUPED_INT8 || l.form == GROUPED_INT4; }
+    bool sums_groups() const { return l.form == GROUPED_INT4 && takes_bfloat16(); }
     bool takes_bfloat16() const { return l.is_bfloat16 && l.form != DYNAMIC_INT8 && kernels.has_bfloat16_products; }
     int64_t padded_rows() const {
         return tiles || rows < amx::UNIT_ROWS ? rows : (rows + amx::UNIT_ROWS - 1) / amx::UNIT_ROWS * amx::UNIT_ROWS;
@@ -63,20 +74,22 @@ struct Product {
     // Nearly equal tiles keep the sums of each many; the matrix unit's are full as far as they can be.
     int64_t tile_start(int64_t i) const { return tiles ? rows * i / num_tiles : i < num_tiles ? i * tile_rows : rows; }
 
-    Tile tile_of(int64_t height) const {
-        if (tiles) return tiles[height - 1];
-        const bool has_two = height > amx::UNIT_ROWS;
-        if (l.form == DYNAMIC_INT8) return has_two ? amx::tile<true, true> : amx::tile<true, false>;
-        return has_two ? amx::tile<false, true> : amx::tile<false, false>;
-    }
-
     // Whether x has the type that is multiplied.
     bool is_ready() const { return takes_bfloat16() || (!l.is_bfloat16 && l.form != DYNAMIC_INT8); }
 
-    // Whether x can be read where it lies: one tile, which needs no padding.
+    // Whether x can be read where it lies: one tile, which needs no padding, or any number of them by the matrix unit.
     bool is_in_place() const {
-        return num_tiles == 1 && is_ready() && l.in_features * (l.is_bfloat16 ? 2 : 4) == items * 4 && stride_bytes % 4 == 0 &&
-               (tiles || rows <= amx::UNIT_ROWS);
+        const bool is_for_unit = !tiles && l.form == PLAIN_BFLOAT16;
+        return is_ready() && l.in_features * (l.is_bfloat16 ? 2 : 4) == items * 4 && stride_bytes % 4 == 0 &&
+               (is_for_unit || (num_tiles == 1 && (tiles || rows <= amx::UNIT_ROWS)));
+    }
+
+    // The rows of the last tile, and zeros behind them.
+    void copy_last_tile(int32_t* to) {
+        const int64_t first = tile_start(num_tiles - 1), row_bytes = items * 4;
+        for (int64_t row = 0; row < rows - first; row++) memcpy(to + row * stride, x + (first + row) * stride_bytes, row_bytes);
+        memset(to + (rows - first) * stride, 0, (amx::TILE_ROWS - rows + first) * stride * 4);
+        last_tile = to;
     }
 
     void copy_row(int64_t row, int32_t* activations) const {
@@ -101,23 +114,78 @@ struct Product {
         memset(to + written, 0, items * 4 - written);
     }
 
-    void multiply_panel(int64_t p) const {
+    void sum_row(int64_t row) const {
+        kernels.sum_groups(activations + row * stride, 2 * items, l.group_size, row_sums + row * num_groups(l));
+    }
+
+    // The panel and rows of the tiles from `begin` to before `end`.
+    void multiply_panel(int64_t p, int64_t begin, int64_t end) const {
         const char* panel = (const char*)l.weight + p * panel_bytes;
         const char* next = panel + panel_bytes;
-        if (is_grouped()) {
-            char* unpacked = own_scratch.get(steps * PANEL * 4);
-            const bool is_int4 = l.form == GROUPED_INT4;
-            (takes_bfloat16() ? kernels.unpack_to_bfloat16[is_int4] : kernels.unpack_to_float32[is_int4])(l, p, unpacked);
-            panel = unpacked;
+        const bool is_int4 = l.form == GROUPED_INT4, has_units = !tiles;
+        char* unpacked = nullptr;
+        if (is_grouped() && !takes_bfloat16()) {
+            panel = own_scratch.get(steps * PANEL * 4);
+            kernels.unpack_to_float32[is_int4](l, p, (float*)panel);
+        } else if (is_grouped() && has_units && num_tiles > 1) {
+            unpacked = own_scratch.get(steps * PANEL * 4);
+            avx512bf16::MATRIX_UNIT_KERNELS.unpack[is_int4](l, p, unpacked);
         }
-        alignas(64) float c[amx::TILE_ROWS * PANEL];
-        const int64_t next_step = panel_bytes / (num_tiles * steps);
-        for (int64_t i = 0; i < num_tiles; i++) {
+        alignas(64) float c[GROUPED_ROWS * PANEL];
+        if (is_grouped() && takes_bfloat16()) {
+            const GroupedTile* grouped = has_units ? avx512bf16::MATRIX_UNIT_KERNELS.grouped[is_int4] : kernels.grouped[is_int4];
+            const int64_t tiles_at_once = GROUPED_ROWS / tile_rows;
+            for (int64_t i = begin; i < end; i += tiles_at_once) {
+                const int64_t first = tile_start(i), last = std::min(i + tiles_at_once, end);
+                for (int strip = 0; strip < 2; strip++)
+                    for (int64_t j = i; j < last; j++) {
+                        const int64_t start = tile_start(j);
+                        grouped[tile_start(j + 1) - start - 1](
+                            l, p, strip, activations + start * stride, stride, row_sums + start * num_groups(l), unpacked,
+                            c + (start - first) * PANEL);
+                    }
+                finish(p, first, tile_start(last), c);
+            }
+            return;
+        }
+        const int64_t next_step = panel_bytes / ((end - begin) * steps);
+        for (int64_t i = begin; i < end; i++) {
             const int64_t start = tile_start(i), height = tile_start(i + 1) - start;
-            tile_of(height)(activations + start * stride, stride, panel, steps, c, next + panel_bytes * i / num_tiles, next_step);
-            if (l.form == DYNAMIC_INT8) kernels.scale(l, p, height, row_scales + start, c);
-            kernels.finish(l, p, height, c, out + start * l.out_features * (l.is_bfloat16 ? 2 : 4));
+            const int32_t* from = last_tile && i == num_tiles - 1 ? last_tile : activations + start * stride;
+            const char* fetched = next + panel_bytes * (i - begin) / (end - begin);
+            if (tiles) {
+                tiles[height - 1](from, stride, panel, steps, c, fetched, next_step);
+                finish(p, start, start + height, c);
+                continue;
+            }
+            // The matrix unit's sums lie in one half of c, those of the tile before, which vectors finish meanwhile, in the other.
+            const auto finish_earlier = [&](int64_t first, int64_t last) {
+                if (i > begin) finish_part(p, i - 1, first, last, c);
+            };
+            const auto multiply = [&](auto unit) {
+                unit(from, stride, panel, steps, half_of(c, i), fetched, next_step, finish_earlier);
+            };
+            const bool has_two = height > amx::UNIT_ROWS;
+            using Then = decltype(finish_earlier);
+            if (l.form == DYNAMIC_INT8)
+                multiply(has_two ? amx::tile<true, true, Then> : amx::tile<true, false, Then>);
+            else
+                multiply(has_two ? amx::tile<false, true, Then> : amx::tile<false, false, Then>);
         }
+        if (!tiles) finish_part(p, end - 1, 0, amx::TILE_ROWS, c);
+    }
+
+    static float* half_of(float* c, int64_t tile) { return c + tile % 2 * amx::TILE_ROWS * PANEL; }
+
+    // Those of the tile's rows [first, last) that exist.
+    void finish_part(int64_t p, int64_t tile, int64_t first, int64_t last, float* c) const {
+        const int64_t start = tile_start(tile), end = std::min(start + last, tile_start(tile + 1));
+        if (start + first < end) finish(p, start + first, end, half_of(c, tile) + first * PANEL);
+    }
+
+    void finish(int64_t p, int64_t start, int64_t end, float* c) const {
+        if (l.form == DYNAMIC_INT8) kernels.scale(l, p, end - start, row_scales + start, c);
+        kernels.finish(l, p, end - start, c, out + start * l.out_features * (l.is_bfloat16 ? 2 : 4));
     }
 };
 
@@ -163,14 +231,17 @@ extern "C" void cf_linear(
     product.tile_rows = kernels.tile_rows;
     if (has_matrix_unit() && (product.takes_bfloat16() || l.form == DYNAMIC_INT8)) {
         product.tiles = nullptr;
-        product.tile_rows = amx::TILE_ROWS;
+        product.tile_rows = product.is_grouped() ? amx::UNIT_ROWS : amx::TILE_ROWS;
     }
     product.num_tiles = (rows + product.tile_rows - 1) / product.tile_rows;
     product.row_scales = (float*)scale_scratch.get(rows * 4);
+    if (product.sums_groups()) product.row_sums = (float*)sum_scratch.get(rows * num_groups(l) * 4);
     int32_t* copy = nullptr;
     if (product.is_in_place()) {
         product.activations = (const int32_t*)x;
         product.stride = product.stride_bytes / 4;
+        if (!product.tiles && rows > amx::UNIT_ROWS && rows % amx::UNIT_ROWS)
+            product.copy_last_tile((int32_t*)row_scratch.get(amx::TILE_ROWS * product.stride * 4));
     } else {
         // An odd number of cache lines, or rows would lie in the same set of the cache where k is a power of two.
         product.stride = (product.items / 16 | 1) * 16;
@@ -178,20 +249,28 @@ extern "C" void cf_linear(
         product.activations = copy;
         memset(copy + rows * product.stride, 0, (product.padded_rows() - rows) * product.stride * 4);
     }
+    const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / (product.tile_rows * product.items * 4));
     // Below that, starting the other threads takes longer than they save.
     const bool is_large = rows * k * l.num_panels * PANEL >= 1 << 17;
+    const auto prepare = [&](int64_t row) {
+        if (copy) product.copy_row(row, copy);
+        if (product.sums_groups()) product.sum_row(row);
+    };
     // A single tile's rows are copied sooner than threads can wait for each other.
-    if (copy && product.num_tiles == 1)
-        for (int64_t row = 0; row < rows; row++) product.copy_row(row, copy);
+    if (product.num_tiles == 1)
+        for (int64_t row = 0; row < rows; row++) prepare(row);
 #pragma omp parallel num_threads(is_large ? (int)num_threads : 1)
     {
-        if (product.num_tiles > 1) {
+        if (product.num_tiles > 1 && (copy || product.row_sums)) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) product.copy_row(row, copy);
+            for (int64_t row = 0; row < rows; row++) prepare(row);
         }
         if (!product.tiles) amx::begin(rows);
+        for (int64_t first = 0; first < product.num_tiles; first += block) {
+            const int64_t last = std::min(first + block, product.num_tiles);
 #pragma omp for schedule(static) nowait
-        for (int64_t p = 0; p < l.num_panels; p++) product.multiply_panel(p);
+            for (int64_t p = 0; p < l.num_panels; p++) product.multiply_panel(p, first, last);
+        }
         if (!product.tiles) amx::end();
     }
 }

@@ -4,10 +4,12 @@
 
 // Output columns of a panel. A panel holds every k of its columns, k outermost; columns past the last are zeros.
 constexpr int PANEL = 32;
+constexpr int STRIP = 16;
 constexpr int MAX_TILE_ROWS = 12;
 
 // How a panel lies in memory: in 4-byte items, of which each is a column's float32, pair of k in bfloat16, or four k in bytes.
-// GROUPED_INT8 is bytes, [k][32]; GROUPED_INT4 has two k in a byte, the even one in the low bits, each from 0 to 15.
+// Grouped integers lie in strips of 16 columns, two to a panel. GROUPED_INT8 is bytes, [k][16]. GROUPED_INT4 is [k / 8][16] items
+// of 8 k, each from 0 to 15: four even k in the low 16 bits, the lowest in the lowest, and the odd ones in the high.
 // DYNAMIC_INT8 is of weights that were turned as quantise_row turns activations: see reference.py, rotate_blocks.
 enum Form : int32_t { PLAIN_FLOAT32 = 0, PLAIN_BFLOAT16 = 1, GROUPED_INT8 = 2, GROUPED_INT4 = 3, DYNAMIC_INT8 = 4 };
 
@@ -16,18 +18,23 @@ static inline int64_t padded_items(int64_t k, int64_t numbers) { return (k + 16 
 
 struct Linear {
     const void* weight;    // [num_panels] panels
-    const void* scales;    // grouped: [num_panels][groups of padded k][32] float16; DYNAMIC_INT8: [num_panels][32] float32
+    const void* scales;    // grouped: [num_panels][2][groups of padded k][16] float16; DYNAMIC_INT8: [num_panels][32] float32
     const void* minimums;  // GROUPED_INT4: like scales, what a 0 stands for
     const int32_t* sums;   // DYNAMIC_INT8: [num_panels][32], each column's sum over k
     const float* bias;     // [num_panels][32], or null
     int64_t num_panels;
     int64_t in_features;   // k
     int64_t out_features;  // columns of the result
-    int64_t group_size;    // grouped: k that share a scale, even
+    int64_t group_size;    // grouped: k that share a scale, a multiple of 32
     int32_t form;
     int32_t is_bfloat16;   // activations and result; otherwise they are float32
     int32_t is_gated;      // a panel holds 16 gates and the 16 ups that belong to them; the result is silu(gate) * up
 };
+
+// Of the padded k.
+static inline int64_t num_groups(const Linear& l) {
+    return (2 * padded_items(l.in_features, 2) + l.group_size - 1) / l.group_size;
+}
 
 // The product of a few rows of activations, `stride` 4-byte items apart, and a panel, into c [rows][32]. Products are added in
 // the order of k, whatever the number of rows, so that a row's result does not depend on the others. Meanwhile the tile fetches
@@ -35,17 +42,30 @@ struct Linear {
 using Tile =
     void (*)(const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step);
 
+// The product of a few rows of bfloat16 and a strip of grouped integers, likewise. Integers are multiplied as they are, and a
+// group's sum by its scale; row_sums [rows][groups] are those of the activations, which the minimums multiply.
+using GroupedTile = void (*)(
+    const Linear&, int64_t panel, int strip, const int32_t* rows, int64_t stride, const float* row_sums, const char* unpacked,
+    float* c);
+
 // One level's versions. A tile's function is found by its rows, less one.
 struct LinearKernels {
     Tile float32[MAX_TILE_ROWS];
     Tile bfloat16[MAX_TILE_ROWS];
     Tile integer[MAX_TILE_ROWS];
-    void (*unpack_to_float32[2])(const Linear&, int64_t panel, void* out);  // of bytes, of 4 bits
-    void (*unpack_to_bfloat16[2])(const Linear&, int64_t panel, void* out);
+    GroupedTile grouped[2][MAX_TILE_ROWS];  // of bytes, of 4 bits; where has_bfloat16_products
+    void (*sum_groups)(const void* row, int64_t size, int64_t group_size, float* out);  // there too
+    void (*unpack_to_float32[2])(const Linear&, int64_t panel, float* out);
     void (*widen_row)(const void* x, int64_t size, float* out);
     float (*quantise_row)(float* x, int64_t size, uint8_t* out);
     void (*scale)(const Linear&, int64_t panel, int64_t rows, const float* row_scales, float* c);
     void (*finish)(const Linear&, int64_t panel, int64_t rows, float* c, void* out);
     int64_t tile_rows;           // of the highest tile whose sums fit the registers
     bool has_bfloat16_products;  // the bfloat16 tile takes pairs of bfloat16 activations; otherwise float32 ones
+};
+
+// What the matrix unit has for grouped integers.
+struct MatrixUnitKernels {
+    GroupedTile grouped[2][16];
+    void (*unpack[2])(const Linear&, int64_t panel, char* out);
 };

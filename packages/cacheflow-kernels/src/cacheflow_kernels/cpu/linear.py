@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Of activations, results and plain weights."""
 
 _PANEL = 32
+_STRIP = 16
 _ITEMS = 16
 _PLAIN_FORMS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4, _INT8_DYNAMIC = 2, 3, 4
@@ -73,13 +74,17 @@ def linear(
     else:
         code = _INT8 if form == "int8" else _INT4
         whole, group_scales, group_minimums = reference.quantise_groups(weight, 8 if form == "int8" else 4, group_size)
-        packed = _padded(_panels(whole, is_gated), 2, 2 * _ITEMS).transpose(1, 2).contiguous()
-        num_groups = -(-packed.shape[1] // group_size)
-        scales = _padded(_panels(group_scales, is_gated), 2, num_groups).transpose(1, 2).contiguous()
-        if group_minimums is not None:
-            minimums = _padded(_panels(group_minimums, is_gated), 2, num_groups).transpose(1, 2).contiguous()
-            nibbles = packed.view(torch.uint8)
-            packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        strips = _padded(_panels(whole, is_gated), 2, 2 * _ITEMS).unflatten(1, (2, _STRIP))
+        num_groups = -(-strips.shape[3] // group_size)
+        scales = _by_strip(group_scales, is_gated, num_groups)
+        if group_minimums is None:
+            packed = strips.transpose(2, 3).contiguous()
+        else:
+            minimums = _by_strip(group_minimums, is_gated, num_groups)
+            eights = strips.to(torch.int32).unflatten(3, (-1, 4, 2)).transpose(2, 3)
+            packed = (eights << torch.tensor([[0, 16], [4, 20], [8, 24], [12, 28]], dtype=torch.int32)).sum(
+                (4, 5), dtype=torch.int32
+            )
     offsets = None if bias is None else _panels(bias.float(), is_gated)
     owned = (packed, scales, minimums, sums, offsets)
     description = _Linear(
@@ -130,6 +135,11 @@ def _panels(rows: Tensor, is_gated: bool) -> Tensor:
         return _padded(rows, 0, _PANEL).reshape(-1, _PANEL, *rows.shape[1:])
     halves = [_padded(half, 0, _PANEL // 2).reshape(-1, _PANEL // 2, *rows.shape[1:]) for half in rows.chunk(2)]
     return torch.cat(halves, dim=1)
+
+
+def _by_strip(groups: Tensor, is_gated: bool, num_groups: int) -> Tensor:
+    """`[out_features, groups]` → `[num_panels, 2, num_groups, 16]`, padded with zeros."""
+    return _padded(_panels(groups, is_gated), 2, num_groups).unflatten(1, (2, _STRIP)).transpose(2, 3).contiguous()
 
 
 def _interleave(panels: Tensor, step: int) -> Tensor:

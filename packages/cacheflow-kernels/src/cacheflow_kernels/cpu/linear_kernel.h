@@ -135,15 +135,7 @@ static void integer_tile(
 
 #endif
 
-// __builtin_convertvector does these two in dozens of instructions.
-INLINE Ints load_bytes(const uint8_t* from) {
-#if LANES == 16
-    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-#else
-    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#endif
-}
-
+// __builtin_convertvector does it in dozens of instructions.
 INLINE Ints load_signed_bytes(const uint8_t* from) {
 #if LANES == 16
     return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
@@ -152,46 +144,200 @@ INLINE Ints load_signed_bytes(const uint8_t* from) {
 #endif
 }
 
-// A panel of grouped integers as a PLAIN_FLOAT32 panel, or as a PLAIN_BFLOAT16 one.
-template <bool IS_INT4, bool TO_BFLOAT16>
-static void unpack(const Linear& l, int64_t panel, void* out) {
-    const int64_t pairs = padded_items(l.in_features, 2), group = l.group_size / 2, groups = (pairs + group - 1) / group;
-    const uint8_t* w = (const uint8_t*)l.weight + panel * pairs * PANEL * (IS_INT4 ? 1 : 2);
-    const Float16* scales = (const Float16*)l.scales + panel * groups * PANEL;
-    const Float16* minimums = (const Float16*)l.minimums + panel * groups * PANEL;
-#if HAS_BF16_DOT
-    // Takes 16 evens and 16 odds to 16 pairs.
-    const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i side_by_side = (__m512i)(lanes | (lanes + 16) << 16);
-#endif
-    for (int first = 0; first < PANEL; first += LANES)
-        for (int64_t g = 0; g < groups; g++) {
-            const Floats scale = load(scales + g * PANEL + first);
-            const Floats minimum = IS_INT4 ? load(minimums + g * PANEL + first) : Floats{};
-            const int64_t end = (g + 1) * group < pairs ? (g + 1) * group : pairs;
-            for (int64_t pair = g * group; pair < end; pair++) {
-                Floats even, odd;
-                if (IS_INT4) {
-                    const Ints both = load_bytes(w + pair * PANEL + first);
-                    even = multiply_add(__builtin_convertvector(both & 15, Floats), scale, minimum);
-                    odd = multiply_add(__builtin_convertvector(both >> 4, Floats), scale, minimum);
-                } else {
-                    const uint8_t* at = w + 2 * pair * PANEL + first;
-                    even = __builtin_convertvector(load_signed_bytes(at), Floats) * scale;
-                    odd = __builtin_convertvector(load_signed_bytes(at + PANEL), Floats) * scale;
+// Where a strip of a panel of grouped integers lies.
+template <bool IS_INT4>
+struct Strip {
+    static constexpr int64_t BLOCK_BYTES = IS_INT4 ? 4 * STRIP : 8 * STRIP;  // of 8 k
+
+    const int64_t size, num_groups, group_size;  // k, padded
+    const uint8_t* weight;
+    const Float16 *scales, *minimums;
+
+    Strip(const Linear& l, int64_t panel, int strip)
+        : size(2 * padded_items(l.in_features, 2)), num_groups(::num_groups(l)), group_size(l.group_size) {
+        const int64_t number = 2 * panel + strip;
+        weight = (const uint8_t*)l.weight + number * (size / 8 * BLOCK_BYTES);
+        scales = (const Float16*)l.scales + number * num_groups * STRIP;
+        minimums = IS_INT4 ? (const Float16*)l.minimums + number * num_groups * STRIP : nullptr;
+    }
+
+    int64_t end_of(int64_t group) const {
+        return (group + 1) * group_size < size ? (group + 1) * group_size : size;
+    }
+};
+
+// A panel of grouped integers as a PLAIN_FLOAT32 one.
+template <bool IS_INT4>
+static void unpack_to_float32(const Linear& l, int64_t panel, float* out) {
+    for (int first = 0; first < PANEL; first += LANES) {
+        const Strip<IS_INT4> strip(l, panel, first / STRIP);
+        const int within = first % STRIP;
+        for (int64_t g = 0; g < strip.num_groups; g++) {
+            const Floats scale = load(strip.scales + g * STRIP + within);
+            const Floats minimum = IS_INT4 ? load(strip.minimums + g * STRIP + within) : Floats{};
+            for (int64_t k = g * strip.group_size, end = strip.end_of(g); k < end; k += 8) {
+                const uint8_t* block = strip.weight + k / 8 * strip.BLOCK_BYTES;
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    Ints whole;
+                    if (IS_INT4)
+                        whole = load_raw<Ints>(block + 4 * within) >> (i / 2 * 4 + i % 2 * 16) & 15;
+                    else
+                        whole = load_signed_bytes(block + i * STRIP + within);
+                    store(out + (k + i) * PANEL + first, multiply_add(__builtin_convertvector(whole, Floats), scale, minimum));
                 }
-#if HAS_BF16_DOT
-                if (TO_BFLOAT16) {
-                    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-                    _mm512_storeu_si512((int32_t*)out + pair * PANEL + first, _mm512_permutexvar_epi16(side_by_side, both));
-                    continue;
-                }
-#endif
-                store((float*)out + 2 * pair * PANEL + first, even);
-                store((float*)out + (2 * pair + 1) * PANEL + first, odd);
             }
         }
+    }
 }
+
+#if HAS_BF16_DOT
+
+// A block of 8 k of a strip as four vectors of pairs of bfloat16, which hold these integers exactly.
+template <bool IS_INT4>
+INLINE void load_pairs(const uint8_t* block, __m512i pairs[4]) {
+    if (IS_INT4) {
+        // 0 to 15, twice, as the instruction looks at 5 bits.
+        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
+            0x4170));
+        const __m512i four = _mm512_loadu_si512(block);
+        pairs[0] = _mm512_permutexvar_epi16(four, table);
+        pairs[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4), table);
+        pairs[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 8), table);
+        pairs[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 12), table);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const Floats even = __builtin_convertvector(load_signed_bytes(block + 2 * i * STRIP), Floats);
+        const Floats odd = __builtin_convertvector(load_signed_bytes(block + (2 * i + 1) * STRIP), Floats);
+        // One instruction: even's bits, and where the mask has ones odd's.
+        const __m512i low = _mm512_srli_epi32((__m512i)even, 16), high = _mm512_set1_epi32(-0x10000);
+        pairs[i] = _mm512_ternarylogic_epi32(low, (__m512i)odd, high, 0xf8);
+    }
+}
+
+// The sum of each group of a row.
+static void sum_groups(const void* row, int64_t size, int64_t group_size, float* out) {
+    for (int64_t start = 0; start < size; start += group_size) {
+        Floats total{};
+        const int64_t end = start + group_size < size ? start + group_size : size;
+        for (int64_t k = start; k < end; k += LANES) total += load((const BFloat16*)row + k);
+        *out++ = sum(total);
+    }
+}
+
+// Adds a group's products, of integers, to the sums: times the scale, and the minimum times the sum of the row's numbers.
+template <int ROWS, bool IS_INT4, class Part>
+INLINE void add_group(const Strip<IS_INT4>& strip, int64_t group, const float* row_sums, const Part& part, Floats* sum) {
+    const Floats scale = load(strip.scales + group * STRIP);
+    const Floats minimum = IS_INT4 ? load(strip.minimums + group * STRIP) : Floats{};
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; row++) {
+        sum[row] = multiply_add(part(row), scale, sum[row]);
+        if (IS_INT4) sum[row] = multiply_add(minimum, splat(row_sums[row * strip.num_groups + group]), sum[row]);
+    }
+}
+
+template <int ROWS>
+INLINE void store_strip(float* c, const Floats* sum) {
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; row++) store(c + row * PANEL, sum[row]);
+}
+
+// Integers are unpacked in registers, for each tile of rows again: that takes less time than to read what was unpacked.
+template <int ROWS, bool IS_INT4>
+static void grouped_tile(
+    const Linear& l, int64_t panel, int s, const int32_t* rows, int64_t stride, const float* row_sums, const char*, float* c) {
+    const Strip<IS_INT4> strip(l, panel, s);
+    const uint8_t* block = strip.weight;
+    const int32_t* x = rows;
+    Floats sum[ROWS] = {};
+    for (int64_t g = 0; g < strip.num_groups; g++) {
+        Floats part[ROWS] = {};
+        for (int64_t k = g * strip.group_size, end = strip.end_of(g); k < end; k += 8, x += 4) {
+            __m512i pairs[4];
+            load_pairs<IS_INT4>(block, pairs);
+            fetch((const char*)block + strip.size / 4 * strip.BLOCK_BYTES);
+            block += strip.BLOCK_BYTES;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+#pragma GCC unroll 12
+                for (int row = 0; row < ROWS; row++)
+                    part[row] = (Floats)add_products((__m512)part[row], pairs[i], x[row * stride + i]);
+        }
+        add_group<ROWS>(strip, g, row_sums, [&](int row) __attribute__((always_inline)) { return part[row]; }, sum);
+    }
+    store_strip<ROWS>(c + s * STRIP, sum);
+}
+
+// 32 k of a strip as the matrix unit takes them.
+constexpr int UNIT_K = 32, UNIT_BYTES = UNIT_K * STRIP * 2;
+template <bool IS_INT4>
+INLINE void unpack_unit(const uint8_t* block, int64_t panel_bytes, char* out) {
+#pragma GCC unroll 4
+    for (int i = 0; i < UNIT_K / 8; i++, block += Strip<IS_INT4>::BLOCK_BYTES) {
+        __m512i pairs[4];
+        load_pairs<IS_INT4>(block, pairs);
+        fetch((const char*)block + panel_bytes);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_store_si512(out + (4 * i + j) * 64, pairs[j]);
+    }
+}
+
+template <bool IS_INT4>
+static void unpack_for_unit(const Linear& l, int64_t panel, char* out) {
+    for (int s = 0; s < 2; s++) {
+        const Strip<IS_INT4> strip(l, panel, s);
+        const int64_t panel_bytes = strip.size / 4 * strip.BLOCK_BYTES;
+        for (int64_t k = 0; k < strip.size; k += UNIT_K, out += UNIT_BYTES)
+            unpack_unit<IS_INT4>(strip.weight + k / 8 * strip.BLOCK_BYTES, panel_bytes, out);
+    }
+}
+
+// Strip S of a panel's products by the matrix unit, which linear_matrix_unit.h prepares: register 0 is for sums, 4 for
+// activations, 6 for weights. `unpacked` is what unpack_for_unit made, or null: a single tile of rows unpacks as it goes.
+template <int ROWS, bool IS_INT4>
+static void grouped_unit(
+    const Linear& l, int64_t panel, int s, const int32_t* rows, int64_t stride, const float* row_sums, const char* unpacked,
+    float* c) {
+    // What is stored takes a while until the unit can read it, and what the unit stores until it can be read: 32 k are unpacked,
+    // those DELAY before them multiplied, and the group that ends as many before these added. In order, one row took twice as long.
+    constexpr int DELAY = 2, RING = 4;
+    alignas(64) char units[RING][UNIT_BYTES];
+    alignas(64) float parts[RING][16 * STRIP];
+    const Strip<IS_INT4> strip(l, panel, s);
+    const int64_t panel_bytes = strip.size / 4 * strip.BLOCK_BYTES, num_units = strip.size / UNIT_K;
+    const int64_t group_units = strip.group_size / UNIT_K;
+    int64_t multiplied = 0, added = 0, units_to_multiply = group_units, units_to_add = group_units;
+    Floats sum[ROWS] = {};
+    for (int64_t ahead = 0; ahead < num_units + 2 * DELAY; ahead++) {
+        if (!unpacked && ahead < num_units)
+            unpack_unit<IS_INT4>(strip.weight + ahead * (UNIT_K / 8) * strip.BLOCK_BYTES, panel_bytes, units[ahead % RING]);
+        const int64_t unit = ahead - DELAY, behind = unit - DELAY;
+        if (unit >= 0 && unit < num_units) {
+            if (units_to_multiply == group_units) _tile_zero(0);
+            _tile_loadd(4, rows + unit * (UNIT_K / 2), stride * 4);
+            _tile_loadd(6, unpacked ? unpacked + (s * num_units + unit) * UNIT_BYTES : units[unit % RING], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if (--units_to_multiply == 0 || unit == num_units - 1) {
+                _tile_stored(0, parts[multiplied++ % RING], 4 * STRIP);
+                units_to_multiply = group_units;
+            }
+        }
+        if (behind >= 0 && (--units_to_add == 0 || behind == num_units - 1)) {
+            const float* part = parts[added % RING];
+            add_group<ROWS>(
+                strip, added, row_sums, [&](int row) __attribute__((always_inline)) { return load(part + row * STRIP); }, sum);
+            added++;
+            units_to_add = group_units;
+        }
+    }
+    store_strip<ROWS>(c + s * STRIP, sum);
+}
+
+#endif
 
 static void widen_row(const void* x, int64_t size, float* out) {
     for (int64_t i = 0; i < size; i += LANES) store(out + i, load((const BFloat16*)x + i, size - i), size - i);
@@ -293,12 +439,15 @@ constexpr LinearKernels linear_kernels(std::integer_sequence<int, I...>) {
 #if HAS_BF16_DOT
         {dot_tile<I + 1, __m512>...},
         {dot_tile<I + 1, __m512i>...},
+        {{grouped_tile<I + 1, false>...}, {grouped_tile<I + 1, true>...}},
+        sum_groups,
 #else
         {float_tile<I + 1, true>...},
         {integer_tile<I + 1>...},
+        {},
+        nullptr,
 #endif
-        {unpack<false, false>, unpack<true, false>},
-        {unpack<false, true>, unpack<true, true>},
+        {unpack_to_float32<false>, unpack_to_float32<true>},
         widen_row,
         quantise_row,
         scale,
@@ -308,5 +457,14 @@ constexpr LinearKernels linear_kernels(std::integer_sequence<int, I...>) {
     };
 }
 
-// A constant that needs no code to run when the library is loaded: that code would be this level's.
+// Constants that need no code to run when the library is loaded: that code would be this level's.
 static constexpr LinearKernels LINEAR_KERNELS = linear_kernels(std::make_integer_sequence<int, LANES == 16 ? MAX_TILE_ROWS : 6>());
+
+#if HAS_BF16_DOT
+template <int... I>
+constexpr MatrixUnitKernels matrix_unit_kernels(std::integer_sequence<int, I...>) {
+    return {{{grouped_unit<I + 1, false>...}, {grouped_unit<I + 1, true>...}}, {unpack_for_unit<false>, unpack_for_unit<true>}};
+}
+
+static constexpr MatrixUnitKernels MATRIX_UNIT_KERNELS = matrix_unit_kernels(std::make_integer_sequence<int, 16>());
+#endif

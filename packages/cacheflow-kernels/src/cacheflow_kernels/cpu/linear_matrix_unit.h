@@ -22,10 +22,12 @@ static void begin(int64_t rows) { _tile_loadconfig(&CONFIGS[rows < UNIT_ROWS ? r
 
 static void end() { _tile_release(); }
 
-// Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
-template <bool IS_INTEGER, bool HAS_TWO>
+// As a Tile. Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. While the unit multiplies, meanwhile(from, to) is
+// called for parts of [0, TILE_ROWS), one after the other: for what vectors have to do with the rows of an earlier tile.
+template <bool IS_INTEGER, bool HAS_TWO, class Meanwhile>
 static void tile(
-    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step) {
+    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step,
+    const Meanwhile& meanwhile) {
     const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
     const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes, *w = (const char*)panel;
     _tile_zero(0);
@@ -34,6 +36,8 @@ static void tile(
         _tile_zero(2);
         _tile_zero(3);
     }
+    const int64_t part = (TILE_ROWS * 16 + steps - 1) / steps;
+    int64_t done = 0;
     for (int64_t step = 0; step < steps; step += 16) {
         for (const char* end = next + 16 * next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
         _tile_loadd(4, upper + step * 4, row_bytes);
@@ -54,6 +58,11 @@ static void tile(
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
+        }
+        if (done < TILE_ROWS) {
+            const int64_t from = done;
+            done = from + part < TILE_ROWS ? from + part : TILE_ROWS;
+            meanwhile(from, done);
         }
     }
     _tile_stored(0, c, c_row_bytes);

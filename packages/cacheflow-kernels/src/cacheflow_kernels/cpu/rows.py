@@ -31,7 +31,8 @@ def _kernels() -> ctypes.CDLL:
     loaded.cf_rotary.argtypes = (*(POINTER, INTEGER, INTEGER) * 2, POINTER, POINTER, *(INTEGER,) * 3, ctypes.c_int32, dtype)
     loaded.cf_activate_and_mul.argtypes = (POINTER, INTEGER, POINTER, INTEGER, INTEGER, ctypes.c_int32, dtype)
     loaded.cf_row_maxima.argtypes = (POINTER, INTEGER, *(POINTER,) * 3, INTEGER, INTEGER, dtype)
-    for name in ("rms_norm", "fused_add_rms_norm", "layer_norm", "rotary", "activate_and_mul", "row_maxima"):
+    loaded.cf_draw_rows.argtypes = (POINTER, INTEGER, *(POINTER,) * 5, INTEGER, INTEGER, dtype)
+    for name in ("rms_norm", "fused_add_rms_norm", "layer_norm", "rotary", "activate_and_mul", "row_maxima", "draw_rows"):
         getattr(loaded, f"cf_{name}").restype = None
     return loaded
 
@@ -168,3 +169,22 @@ def row_maxima(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         DTYPES[x.dtype],
     )
     return values, indices, normalisers
+
+
+def draw_rows(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Random places in rows of `x [num_rows, size]`, and the logarithms of their probabilities at temperature 1."""
+    x = _as_rows(x)
+    tokens, logprobs = torch.empty_like(rows), torch.empty_like(temperatures)
+    _kernels().cf_draw_rows(
+        x.data_ptr(),
+        x.stride(0),
+        rows.data_ptr(),
+        temperatures.data_ptr(),
+        numbers.data_ptr(),
+        tokens.data_ptr(),
+        logprobs.data_ptr(),
+        len(rows),
+        x.shape[1],
+        DTYPES[x.dtype],
+    )
+    return tokens, logprobs

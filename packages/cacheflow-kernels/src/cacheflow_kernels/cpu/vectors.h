@@ -19,7 +19,14 @@ INLINE void store_raw(void* to, Vector vector) {
     memcpy(to, &vector, sizeof vector);
 }
 
-INLINE Floats splat(float value) { return Floats{} + value; }
+// `Floats{} + value` would be an addition too, as it makes of -0 a 0.
+INLINE Floats splat(float value) {
+#if LANES == 16
+    return (Floats)_mm512_set1_ps(value);
+#else
+    return (Floats)_mm256_set1_ps(value);
+#endif
+}
 
 INLINE Floats widen(Floats vector, float) { return vector; }
 
