@@ -120,6 +120,12 @@ class EngineConfig:
         0.9, "Share of a GPU's memory for weights, activations and KV cache.", minimum=0.01, maximum=1
     )
     max_num_batched_tokens: int = option(2048, "Token budget of a step.", minimum=1, unit="tokens")
+    prompt_chunk_size: int = option(
+        512,
+        "Prompt tokens of a step in which sequences decode: fewer keep the streams even, more end long prompts sooner.",
+        minimum=1,
+        unit="tokens",
+    )
     max_num_seqs: int = option(256, "Most sequences in a step.", minimum=1, unit="sequences")
     max_n: int = option(128, "Most sequences that one request may ask for (n or best_of).", minimum=1, maximum=128)
     max_waiting_requests: int = option(

@@ -56,6 +56,7 @@ class EngineCore:
             max_model_len=capacity.info.max_model_len,
             eos_token_ids=capacity.info.tokenizer.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
+            prompt_chunk_size=config.prompt_chunk_size,
         )
         self._max_n = config.max_n
         self._profile: StepProfile | None = None

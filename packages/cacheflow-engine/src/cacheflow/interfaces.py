@@ -303,15 +303,16 @@ scale for each `QUANTISATION_GROUP` inputs of an output; as bytes with one scale
 are themselves rounded to bytes, each with a scale of its own."""
 
 QUANTISATION_GROUP = 32
-"""Inputs that share a scale in the forms "int8" and "int4": GGUF's Q8_0, Q4_0 and Q4_1 have the same. A last group may be shorter."""
+"""Inputs that share a scale in the forms "int8" and "int4": GGUF's Q8_0, Q4_0 and Q4_1 have the same. A last group may be
+shorter."""
 
 
 class OpProvider(Protocol):
     """The operations between attention calls. Inputs are contiguous in the last axis; outputs are new tensors unless said.
 
     A provider may have three methods more: `decoder`, which runs all layers of a Llama-shaped model (see `layers.decoder`),
-    `row_maxima`, which greedy sampling asks (see `sampling.sampler.row_maxima`), and `draw_rows`, which random sampling asks (see
-    `sampling.sampler.DrawRows`).
+    `row_maxima`, which greedy sampling asks (see `sampling.sampler.row_maxima`), and `draw_rows`, which random sampling asks
+    (see `sampling.sampler.DrawRows`).
     """
 
     CONTRACT_VERSION: ClassVar[int]

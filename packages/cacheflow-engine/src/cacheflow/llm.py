@@ -59,7 +59,8 @@ class LLM:
         tensor_parallel_size: Devices that share each layer.
         dtype: Of weights and arithmetic; see `EngineConfig.dtype`.
         seed: Where the seeds of requests that set none come from.
-        **options: Any other field of `EngineConfig`.
+        **options: Any other field of `EngineConfig`. Nobody watches streams here, so `prompt_chunk_size` is the step's budget
+            unless given.
 
     Attributes:
         tokenizer: The model's.
@@ -69,6 +70,7 @@ class LLM:
     """
 
     def __init__(self, model: str, tensor_parallel_size: int = 1, dtype: str = "auto", seed: int = 0, **options: Any) -> None:
+        options.setdefault("prompt_chunk_size", options.get("max_num_batched_tokens", EngineConfig.max_num_batched_tokens))
         config = EngineConfig.from_mapping(
             {"model": model, "tensor_parallel_size": tensor_parallel_size, "dtype": dtype, "seed": seed, **options}
         )

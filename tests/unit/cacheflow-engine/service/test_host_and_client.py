@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
@@ -309,20 +310,40 @@ def test_an_engine_that_drains_tells_its_clients_finishes_what_runs_and_refuses_
     with_client(engine.address, work)
 
 
+class PacedCore(EngineCore):
+    """Takes so many steps, and then none until it may take more, so that a test can look in between."""
+
+    num_allowed: float = 0
+
+    def step(self) -> list[RequestUpdate]:
+        if self.num_allowed < 1:
+            time.sleep(0.001)
+            return []
+        self.num_allowed -= 1
+        return super().step()
+
+
+def make_paced_core(num_allowed: int) -> PacedCore:
+    core = make_core(PacedCore)
+    assert isinstance(core, PacedCore)
+    core.num_allowed = num_allowed
+    return core
+
+
 def test_one_client_of_two_does_not_wait_behind_the_others_flood(address: str) -> None:
-    core = EngineCore(EngineConfig(block_size=16, max_num_seqs=4), SimulatedExecutor(2000, 16, 2048))
+    core = PacedCore(EngineConfig(block_size=16, max_num_seqs=4), SimulatedExecutor(2000, 16, 2048))
 
     async def work(flooding: EngineClient) -> None:
         flood = [asyncio.create_task(tokens_of(flooding, request(str(i), 20))) for i in range(200)]
-        await stats_when(flooding, lambda stats: stats.num_waiting >= 100)
+        await stats_when(flooding, lambda stats: stats.num_waiting == 200)
         other = await EngineClient.connect(address, timeout_s=PATIENCE_S)
         try:
-            before = (await other.stats()).num_steps
-            await tokens_of(other, request("single", 1))
-            after = await other.stats()
-            # It waits for one seat: 20 steps at most, and what the two readings take. The flood as a whole takes 1,000.
-            assert after.num_steps - before < 100
-            assert after.num_waiting > 50
+            single = asyncio.create_task(tokens_of(other, request("single", 1)))
+            await stats_when(other, lambda stats: stats.num_waiting == 201)
+            core.num_allowed = math.inf
+            await single
+            # Its turn is the second, or the first seat that is free after it: a step or 20, and the few until it is looked at.
+            assert (await other.stats()).num_waiting > 50
         finally:
             await other.close()
         await asyncio.gather(*flood)
@@ -340,6 +361,17 @@ def test_a_view_shows_who_holds_which_block_and_readings_come_in_order(engine: E
             assert len(view.blocks) == view.stats.num_blocks == stats.num_blocks == 2000
             assert view.blocks.count(3) >= 1
             assert view.stats.num_steps <= stats.num_steps <= again.stats.num_steps
+
+    with_client(engine.address, work)
+
+
+def test_no_more_than_a_bounded_number_of_readings_wait_for_their_answers(engine: Engine) -> None:
+    async def work(client: EngineClient) -> None:
+        asked = [client.stats() for _ in range(client_module.MAX_READINGS + 1)]
+        *answers, last = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(answer, EngineStats) for answer in answers)
+        assert isinstance(last, EngineOverloadedError)
+        assert isinstance(await client.stats(), EngineStats)
 
     with_client(engine.address, work)
 
@@ -645,7 +677,8 @@ def test_what_comes_while_the_engine_is_away_is_bounded_here_and_by_the_next_one
 
 
 def test_an_embedding_survives_its_engine_and_its_engines_draining(address: str) -> None:
-    engines = [Engine(address, make_core())]
+    engines = [Engine(address, make_paced_core(3))]
+    next_core = make_paced_core(3)
 
     async def work(client: EngineClient) -> None:
         long = replace(request("embed", prompt=[1] * 19_000), task="embed")
@@ -656,11 +689,12 @@ def test_an_embedding_survives_its_engine_and_its_engines_draining(address: str)
         embedding = asyncio.create_task(embed())
         await stats_when(client, lambda stats: stats.num_steps > 2)
         await asyncio.to_thread(engines[-1].stop)
-        engines.append(await asyncio.to_thread(Engine, address, make_core()))
+        engines.append(await asyncio.to_thread(Engine, address, next_core))
         while not client.is_alive:
             await asyncio.sleep(0.01)
         await stats_when(client, lambda stats: stats.num_running == 1)
         engines[-1].host.drain(PATIENCE_S)
+        next_core.num_allowed = math.inf
         (update,) = await embedding
         assert update.finished
         assert update.embedding == pytest.approx([297 / 19_000])  # The simulation's 1 for each of its chunks.

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 SPIN_COUNT = "5000"
 """GOMP_SPINCOUNT, unless the user sets it: how often a thread that waits for the others looks before it sleeps. One stream
-beside a process that took one of two cores: 25 tokens/s with it, 14 with the library's 300,000, 36 with 1,000; alone 84, 80, 61."""
+beside a process that took one of two cores: 25 tokens/s with it, 14 with the library's 300,000, 36 with 1,000; alone 84, 80 and
+61."""
 
 
 @dataclass(frozen=True)

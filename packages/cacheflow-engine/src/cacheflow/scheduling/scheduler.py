@@ -50,6 +50,7 @@ class Scheduler:
         max_model_len: Most tokens of a sequence.
         eos_token_ids: Those that end a sequence unless its request ignores them.
         enable_prefix_caching: Whether requests find each other's blocks.
+        prompt_chunk_size: Most prompt tokens of a step in which sequences decode; None: all that the budget leaves.
 
     Attributes:
         kv: The block tables.
@@ -68,6 +69,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         enable_prefix_caching: bool = True,
+        prompt_chunk_size: int | None = None,
     ) -> None:
         assert max_num_seqs <= max_num_batched_tokens
         self.kv = kv
@@ -77,6 +79,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._enable_prefix_caching = enable_prefix_caching
+        self._prompt_chunk_size = prompt_chunk_size or max_num_batched_tokens
         self._requests: dict[tuple[str, str], Request] = {}
         self._running: list[Request] = []
         self._waiting: list[Request] = []
@@ -281,6 +284,8 @@ class Scheduler:
                 budget -= 1
             else:
                 budget = max(0, budget - self._schedule_request(request, budget, plan))
+        if plan:
+            budget = min(budget, self._prompt_chunk_size)
         for request in computing:
             if request.is_running:
                 budget = max(0, budget - self._schedule_request(request, budget, plan))

@@ -19,7 +19,7 @@ void cf_rotary(
 // Rows that a thread takes from one attention call to the next: few enough that what lies between the products stays in its
 // core's cache, and so many that the weights, which are read anew for each chunk, do not matter. Of 128, 256 and 512, 256 was
 // fastest with prompts of 512 tokens; MIN_CHUNK is an estimate.
-constexpr int64_t CHUNK = 256, MIN_CHUNK = 128, TILE = 32;
+constexpr int64_t CHUNK = 256, MIN_CHUNK = 128, TILE = 16;
 
 struct DecoderLayer {
     const void *attention_norm, *mlp_norm;
@@ -78,7 +78,8 @@ extern "C" void cf_decoder(
     const DecoderStep& s = *step;
     if (s.rows < MIN_CHUNK * s.num_threads) return run(d, s, done, (const char*)attended, stride, next);
     // Rows do not meet: each thread takes its own through all of it, without waiting for the others in between.
-    const int64_t rounds = (s.rows + CHUNK * s.num_threads - 1) / (CHUNK * s.num_threads), count = rounds * s.num_threads;
+    const int64_t at_once = CHUNK * s.num_threads, rounds = s.rows < at_once ? 1 : (s.rows + at_once / 2) / at_once;
+    const int64_t count = rounds * s.num_threads;
     const int64_t chunk = ((s.rows + count - 1) / count + TILE - 1) / TILE * TILE, element = d.dtype ? 2 : 4;
 #pragma omp parallel for schedule(static) num_threads((int)s.num_threads)
     for (int64_t i = 0; i < count; i++) {

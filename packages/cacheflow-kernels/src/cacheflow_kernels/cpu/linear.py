@@ -139,7 +139,8 @@ def _panels(rows: Tensor, is_gated: bool) -> Tensor:
 
 def _by_strip(groups: Tensor, is_gated: bool, num_groups: int) -> Tensor:
     """`[out_features, groups]` → `[num_panels, 2, num_groups, 16]`, padded with zeros."""
-    return _padded(_panels(groups, is_gated), 2, num_groups).unflatten(1, (2, _STRIP)).transpose(2, 3).contiguous()
+    panels = _padded(_panels(groups, is_gated), 2, num_groups)
+    return panels.reshape(-1, 2, _STRIP, num_groups).transpose(2, 3).contiguous()
 
 
 def _interleave(panels: Tensor, step: int) -> Tensor:
