@@ -109,6 +109,14 @@ class FindsTheLastPlace(TorchOps):
         return values, logits.shape[1] - 1 - row_maxima(logits.flip(1))[1], normalisers
 
 
+class DrawsTheMostLikely(TorchOps):
+    def draw_rows(
+        self, logits: torch.Tensor, rows: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices, normalisers = row_maxima(logits[rows])
+        return indices, values - normalisers
+
+
 class MixesUpThePairs(TorchOps):
     def rotary(self, q: Any, k: Any, positions: Any, cos_sin: Any, head_size: int, is_neox: bool) -> Any:
         return super().rotary(q, k, positions, cos_sin, head_size, is_neox=True)
@@ -241,6 +249,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("op_providers", QuantisesTooMuch, "quantised_linear"),
     ("op_providers", MixesUpThePairs, "rotary"),
     ("op_providers", FindsTheLastPlace, "row_maxima"),
+    ("op_providers", DrawsTheMostLikely, "draw_rows"),
     ("logits_processors", MasksEveryRow, "only_given_rows_change"),
     ("logits_processors", AlwaysThere, "default_params_do_not_use_it"),
     ("logits_processors", CallsItselfInvariant, "argmax_invariant_is_honest"),

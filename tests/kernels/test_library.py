@@ -83,6 +83,10 @@ CALLS: dict[str, Callable[[Inputs], tuple[object, ...]]] = {
     "silu_and_mul": lambda t: (t["x"],),
     "gelu_and_mul": lambda t: (t["x"], "none"),
     "row_maxima": lambda t: (t["x"],),
+    "draw_rows": lambda t: (
+        *(t["x"], torch.tensor([0, 2]), torch.tensor([1.0, 0.5])),
+        torch.tensor([0.1, 0.7], dtype=torch.float64),
+    ),
     "store_kv": lambda t: (t["x"].view(3, 2, 32), t["x"].view(3, 2, 32), t["k_cache"], t["v_cache"], t["positions"]),
     "copy_blocks": lambda t: ([t["k_cache"], t["v_cache"]], t["pairs"]),
     "swap_blocks": lambda t: (t["k_cache"], t["v_cache"], t["pairs"]),

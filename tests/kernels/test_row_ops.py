@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional
 
 from cacheflow_kernels import (
+    draw_rows,
     fused_add_rms_norm,
     gelu_and_mul,
     layer_norm,
-    reference,
     rms_norm,
     rotary,
     row_maxima,
@@ -20,7 +20,6 @@ from cacheflow_kernels import (
 )
 from cacheflow_kernels.accuracy import LIMITS, ROW_SHAPES, relative_rms, rows
 from cacheflow_kernels.cpu import library
-from cacheflow_kernels.cpu import rows as cpu_rows
 
 shapes = pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -172,8 +171,7 @@ def test_drawn_places_are_where_the_running_sum_passes_the_number(implementation
     rows = torch.arange(60) % 3
     temperatures = torch.tensor([0.3, 1.0, 2.5]).repeat_interleave(20)
     numbers = torch.rand(60, generator=generator, dtype=torch.float64)
-    draw_rows = reference.draw_rows if implementation == "reference" else cpu_rows.draw_rows
-    tokens, logprobs = draw_rows(x, rows, temperatures, numbers)
+    tokens, logprobs = draw_rows(x, rows, temperatures, numbers, implementation=implementation)
     ends = (x[rows].double() / temperatures[:, None].double()).softmax(dim=1).cumsum(dim=1)
     # Sums in float32 may be off in the seventh digit, at whose border either neighbour is right.
     below = torch.where(tokens > 0, ends.gather(1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0.0)
@@ -190,7 +188,8 @@ def test_a_place_without_weight_is_not_drawn_and_rows_that_are_not_numbers_say_s
     x[0, 3], x[1, 590], x[2, 5], x[2, 7] = 1.0, float("nan"), 0.0, -1e-3
     numbers = torch.tensor([0.0, 1 - 2**-53, 0.5, 0.0, 1 - 2**-53], dtype=torch.float64)
     temperatures = torch.tensor([1.0, 1.0, 1.0, 1e-20, 1e-20])
-    tokens, logprobs = cpu_rows.draw_rows(x, torch.tensor([0, 0, 1, 2, 2]), temperatures, numbers)
+    rows = torch.tensor([0, 0, 1, 2, 2])
+    tokens, logprobs = draw_rows(x, rows, temperatures, numbers, implementation=implementation)
     assert tokens[[0, 1, 3, 4]].tolist() == [3, 3, 5, 5]
     assert logprobs.isfinite().tolist() == [True, True, False, True, True]
     assert logprobs[0] == 0

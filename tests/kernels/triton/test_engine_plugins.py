@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cacheflow import LLM, SamplingParams
-from cacheflow.conformance import checks_of
+from cacheflow.conformance import NotApplicable, checks_of
 from cacheflow.interfaces import AttentionMetadata, AttentionSpec, KVCacheSpec
 from cacheflow_kernels.attention import TritonAttention
 from cacheflow_kernels.providers import TritonOps
@@ -36,7 +36,10 @@ def test_the_backend_conforms(check: str) -> None:
 
 @pytest.mark.parametrize("check", checks_of("cacheflow.op_providers"))
 def test_the_op_provider_conforms(check: str) -> None:
-    checks_of("cacheflow.op_providers")[check](TritonOps, "triton")
+    try:
+        checks_of("cacheflow.op_providers")[check](TritonOps, "triton")
+    except NotApplicable as reason:
+        pytest.skip(str(reason))
 
 
 def decodes(lens: list[int]) -> AttentionMetadata:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from cacheflow_kernels import library as _library  # noqa: F401 (it registers the operations with torch)
 from cacheflow_kernels.ops import (
     copy_blocks,
+    draw_rows,
     fused_add_rms_norm,
     gelu_and_mul,
     layer_norm,
@@ -24,6 +25,7 @@ from cacheflow_kernels.ops import (
 
 __all__ = [
     "copy_blocks",
+    "draw_rows",
     "fused_add_rms_norm",
     "gelu_and_mul",
     "layer_norm",

@@ -33,6 +33,7 @@ _PAIR_OPS = {
     ),
 }
 _ROW_MAXIMA = "(Tensor x, *, str implementation='auto') -> (Tensor, Tensor, Tensor)"
+_DRAW_ROWS = "(Tensor x, Tensor rows, Tensor temperatures, Tensor numbers, *, str implementation='auto') -> (Tensor, Tensor)"
 _ATTENTION_OPS = {
     "paged_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, Tensor query_start_loc, float scale,"
@@ -67,6 +68,10 @@ def _like_both(x: Tensor, y: Tensor, *rest: Any, **options: Any) -> tuple[Tensor
 def _three_of_rows(x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     numbers = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.float32, torch.int64, torch.float32))
     return next(numbers), next(numbers), next(numbers)
+
+
+def _draws(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), temperatures.new_empty(temperatures.shape)
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:
@@ -105,5 +110,6 @@ for _op, _schema in _GATED_OPS.items():
 for _op, _schema in _PAIR_OPS.items():
     _register(_op, _schema, _calls_on_copies(_op), _like_both, set())
 _register("row_maxima", _ROW_MAXIMA, _calls("row_maxima"), _three_of_rows, set())
+_register("draw_rows", _DRAW_ROWS, _calls("draw_rows"), _draws, set())
 for _op, (_schema, _mutated) in _CACHE_OPS.items():
     _register(_op, _schema, _calls(_op), _nothing, _mutated)

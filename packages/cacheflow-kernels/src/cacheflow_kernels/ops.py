@@ -46,6 +46,7 @@ def _build_registry() -> Registry:
         reference.silu_and_mul,
         reference.gelu_and_mul,
         reference.row_maxima,
+        reference.draw_rows,
         reference.linear,
     )
     for function in plain:
@@ -61,6 +62,7 @@ def _build_registry() -> Registry:
         cpu_rows.silu_and_mul,
         cpu_rows.gelu_and_mul,
         cpu_rows.row_maxima,
+        cpu_rows.draw_rows,
     )
     for function in compiled:
         registry.add(function.__name__, Implementation("cpu", function, cpu_attention.supports, priority=10))
@@ -407,6 +409,35 @@ def row_maxima(x: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tens
     _require(x.ndim == 2 and x.shape[1] > 0, "x", x, "[num_rows, size]")
     _require_together(x.device, x=x)
     out: tuple[Tensor, Tensor, Tensor] = _select("row_maxima", implementation, x)(x)
+    return out
+
+
+def draw_rows(
+    x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Random tokens by inversion: the place in a row of logits at which the running sum of probabilities passes a number.
+
+    A draw depends on its own row, temperature and number only, bit for bit.
+
+    Args:
+        x: `[num_rows, size]` logits, at least one element a row.
+        rows: `[num_draws] int64`, the row of each draw; a row may come more than once.
+        temperatures: `[num_draws] float32`, above 0; logits are divided by them.
+        numbers: `[num_draws] float64`, from 0 up to, not including, 1.
+        implementation: "auto" or a name.
+
+    Returns:
+        `[num_draws]` each: the places, int64; and the logarithms of their probabilities at temperature 1, float32, which are
+        not finite if the row has a NaN or infinity.
+    """
+    _require(x.ndim == 2 and x.shape[1] > 0, "x", x, "[num_rows, size]")
+    _require(rows.ndim == 1 and rows.dtype == torch.int64, "rows", rows, "[num_draws] int64")
+    for name, tensor, dtype in (("temperatures", temperatures, torch.float32), ("numbers", numbers, torch.float64)):
+        _require(tensor.shape == rows.shape and tensor.dtype == dtype, name, tensor, f"[{len(rows)}] {dtype}")
+    _require_together(x.device, x=x, rows=rows, temperatures=temperatures, numbers=numbers)
+    if IS_DEBUG:
+        _require_range("rows", rows, x.shape[0], "row numbers")
+    out: tuple[Tensor, Tensor] = _select("draw_rows", implementation, x)(x, rows, temperatures, numbers)
     return out
 
 

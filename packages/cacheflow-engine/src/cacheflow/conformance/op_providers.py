@@ -225,6 +225,30 @@ def check_row_maxima(plugin: Any, name: str) -> None:
         expect(finite == [True, False], f"row_maxima: the second row has a NaN, and which normalisers are finite: {finite}")
 
 
+def check_draw_rows(plugin: Any, name: str) -> None:
+    """If it is there: the token at which the running sum of probabilities passes the number, and its log probability."""
+    for spec, ops in _providers(plugin):
+        if not hasattr(ops, "draw_rows"):
+            raise NotApplicable("it has no draw_rows, which is optional")
+        draw = _Draw(spec)
+        for size in SIZES:
+            x = draw(3, size) * 3
+            device = x.device
+            rows = torch.arange(30, device=device) % 3
+            temperatures = torch.tensor([0.3, 1.0, 2.5], device=device).repeat_interleave(10)
+            numbers = torch.arange(30, dtype=torch.float64, device=device) / 30
+            tokens, logprobs = ops.draw_rows(x, rows, temperatures, numbers)
+            wide = x[rows].double()
+            ends = (wide / temperatures[:, None].double()).softmax(dim=1).cumsum(dim=1)
+            ends = torch.nn.functional.pad(ends, (1, 0))
+            before, behind = (ends.gather(1, (tokens + k)[:, None])[:, 0] for k in (0, 1))
+            # At a border, sums in float32 may choose either neighbour.
+            is_right = (before <= numbers + 1e-5) & (behind >= numbers - 1e-5)
+            expect(bool(is_right.all()), f"draw_rows [3, {size}]: not where the running sum passes the number")
+            expected = wide.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0].float()
+            expect_close(logprobs, expected, torch.float32, f"draw_rows [3, {size}], the log probabilities")
+
+
 CHECKS = (
     check_supports_gives_reasons,
     check_linear,
@@ -236,4 +260,5 @@ CHECKS = (
     check_rotary,
     check_silu_and_mul,
     check_row_maxima,
+    check_draw_rows,
 )
