@@ -86,6 +86,33 @@ def test_pieces_of_a_large_body_stay_in_order_and_whole() -> None:
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
+def test_of_a_body_that_the_application_does_not_read_only_a_bounded_part_is_taken() -> None:
+    is_told = asyncio.Event()
+    recorder = Recorder()
+
+    async def waiting(scope: Any, receive: Any, send: Any) -> None:
+        await is_told.wait()
+        await recorder(scope, receive, send)
+
+    async def run() -> None:
+        num_bytes = 64 * 2**20
+        async with serving(waiting) as where:
+            reader, writer = await asyncio.open_connection(*where)
+            writer.write(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % num_bytes)
+            writer.write(b"x" * num_bytes)
+            num_left, before = num_bytes, -1
+            while num_left != before:  # What is left stays: the server takes no more.
+                before = num_left
+                await asyncio.sleep(0.2)
+                num_left = writer.transport.get_write_buffer_size()
+            assert num_left > num_bytes / 2  # The system's own buffers have up to 10 MB.
+            is_told.set()
+            assert b"200 OK" in await reader.readuntil(b"%d bytes" % num_bytes)
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
 def test_a_client_that_goes_before_its_turn_is_forgotten() -> None:
     app = Recorder()
 
