@@ -182,17 +182,26 @@ def test_a_text_grows_and_ends_as_the_api_gives_it(open_page: Open, server: str)
 
 def test_nothing_moves_while_texts_grow(open_page: Open) -> None:
     page = open_page()
-    page.evaluate("""() => {
-      window.shift = 0;
-      new PerformanceObserver((list) => {
-        for (const entry of list.getEntries()) window.shift += entry.value;
-      }).observe({ type: "layout-shift" });
-    }""")
     generate(page, mode="Sampling", max_tokens=200, n=4)
     expect(page.locator(".choice")).to_have_count(4)
-    page.evaluate("window.shift = 0")
+    page.evaluate("""() => {
+      window.places = new Map();
+      window.frames = 0;
+      const note = () => {
+        window.frames++;
+        for (const element of document.querySelectorAll("section, section > *, .choice, .choice > *, .tile, #form > *")) {
+          const { x, y, width, height } = element.getBoundingClientRect();
+          window.places.set(element, (window.places.get(element) ?? new Set()).add(`${x} ${y} ${width} ${height}`));
+        }
+        requestAnimationFrame(note);
+      };
+      note();
+    }""")
     wait_until_done(page)
-    assert page.evaluate("window.shift") < 0.01
+    assert page.evaluate("window.frames") > 3
+    moved = """() => [...window.places].filter(([, places]) => places.size > 1)
+      .map(([element, places]) => [element.outerHTML.slice(0, 80), ...places])"""
+    assert page.evaluate(moved) == []
 
 
 def test_beams_stand_side_by_side_best_first(open_page: Open, server: str) -> None:
