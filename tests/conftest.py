@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Set before anything imports torch or the hub library; child processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,11 +20,22 @@ _cache = tempfile.TemporaryDirectory(prefix="cacheflow-tests-")
 os.environ["CACHEFLOW_CACHE"] = _cache.name
 
 # The same examples every time, and none judged by how busy the machine is.
-settings.register_profile("cacheflow", deadline=None, derandomize=True)
+settings.register_profile("cacheflow", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cacheflow")
+
+# What a shell runs in the background ignores Ctrl-C, and so would the programs that tests send it to.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # So that tests can say `from tiny import ...`.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Gives a test the same random tensors whatever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +44,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a context of 32,768 tokens: to fill it takes 20 s and more, so that tests can look meanwhile."""
+    from tiny import write_tiny_llama
+
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "long-llama", max_position_embeddings=32768)
 
 
 @pytest.fixture(scope="session")

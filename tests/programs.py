@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
+"""Until what must happen is taken not to happen. What a test judges is never how long something took."""
 
 
 class Program:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from programs import DEADLINE_S
+
 from cacheflow.conformance.tiny_model import write_tiny_model
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cacheflow", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
 def test_a_bench_prints_a_json_line_a_round_and_appends_it(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from programs import DEADLINE_S, Program
 NUM_STREAMS = 32
 NUM_TOKENS = 150
 NUM_SEATS = 8
-"""Requests that run at a time: so few that none is in the running step of all three deaths, which would make it a suspect."""
+"""Requests that run at a time. None may be in the running step of all three deaths, which would make it a suspect."""
 PROMPTS = ("hello", "San Francisco is a", "The capital of France", "The future of AI is")
 
 
@@ -140,8 +140,8 @@ class Servers:
 
 
 @pytest.fixture
-def servers(folder: Path, tmp_path: Path, tiny_llama: Path) -> Iterator[Servers]:
-    servers = Servers(folder, tmp_path, tiny_llama)
+def servers(folder: Path, tmp_path: Path, long_llama: Path) -> Iterator[Servers]:
+    servers = Servers(folder, tmp_path, long_llama)
     yield servers
     servers.close()
 
@@ -164,15 +164,19 @@ def test_every_stream_that_stays_ends_with_the_right_text_whatever_dies(servers:
         leaving = set(draw.sample(range(NUM_STREAMS), NUM_STREAMS // 2))
         leave_after = [draw.randrange(1, NUM_TOKENS // 2) if number in leaving else None for number in range(NUM_STREAMS)]
         running = [pool.submit(answer.run, after) for answer, after in zip(answers, leave_after, strict=True)]
+        begun: list[Answer] = []
         for num_over in (0, 10, 20):
-            num_pieces = draw.randrange(20, 200) + sum(len(a.texts) for a in answers) if num_over == 0 else 0
+            num_pieces = draw.randrange(20, 200) if num_over == 0 else 0
             wait_until(
-                lambda o=num_over, p=num_pieces: (  # type: ignore[misc]
-                    sum(a.is_over for a in answers) >= o and sum(len(a.texts) for a in answers) >= p
+                lambda over=num_over, pieces=num_pieces, begun=begun: (  # type: ignore[misc]
+                    sum(a.is_over for a in answers) >= over
+                    and sum(len(a.texts) for a in answers) >= pieces
+                    and all(a.is_over for a in begun)
                 ),
                 "the streams stand still",
             )
             time.sleep(draw.random() / 10)
+            begun = [a for a in answers if a.texts and not a.is_over]
             engine.process.kill()
             engine.process.wait(DEADLINE_S)
             engine = servers.engine("--max-num-seqs", str(NUM_SEATS))
@@ -198,7 +202,7 @@ def test_each_frontend_is_restarted_while_the_other_streams(servers: Servers) ->
     engine = servers.engine()
     simple, simple_url = servers.frontend("simple")
     openai, openai_url = servers.frontend("openai")
-    fields = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+    fields = {"prompt": "hello", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
     whole = Answer(simple_url, fields).run().last["text"][0]
     for frontend in (simple, openai):
         assert "libtorch" not in Path(f"/proc/{frontend.process.pid}/maps").read_text()
@@ -213,7 +217,7 @@ def test_each_frontend_is_restarted_while_the_other_streams(servers: Servers) ->
     reading.join(DEADLINE_S)
     assert stream.last["text"][0] == whole
 
-    stream = Answer(openai_url, fields | {"stream": True, "n": 8}, "/v1/completions")
+    stream = Answer(openai_url, fields | {"stream": True, "n": 2}, "/v1/completions")
     reading = in_background(stream.run)
     wait_until(lambda: not is_idle(openai_url), "nothing runs")
     simple.stop()
@@ -223,20 +227,21 @@ def test_each_frontend_is_restarted_while_the_other_streams(servers: Servers) ->
     reading.join(DEADLINE_S)
     assert stream.status == 200
     events = [json.loads(e.removeprefix("data: ")) for e in "".join(stream.texts).split("\n\n") if e.startswith("data: {")]
-    choices = [choice for event in events for choice in event["choices"] if choice["index"] == 7]
+    choices = [choice for event in events for choice in event["choices"] if choice["index"] == 1]
     assert "hello" + "".join(choice["text"] for choice in choices) == whole
     for program in (simple, openai, engine):
         program.stop()
         assert program.process.returncode == 0
 
 
-LONG = {"prompt": "hello", "max_tokens": 490, "ignore_eos": True, "temperature": 0, "stream": True, "n": 8}
+LONG = {"prompt": "hello", "max_tokens": 3000, "ignore_eos": True, "temperature": 0, "stream": True, "n": 2}
+"""Takes two seconds and more."""
 
 
 @pytest.mark.parametrize("who", ["frontend", "engine"])
 def test_sigterm_refuses_what_is_new_and_finishes_what_runs(servers: Servers, who: str) -> None:
-    engine = servers.engine()
-    frontend, url = servers.frontend()
+    engine = servers.engine("--drain-timeout", "1000")
+    frontend, url = servers.frontend("simple", "--drain-timeout", "1000")
     stream = Answer(url, LONG)
     reading = in_background(stream.run)
     wait_until(lambda: bool(stream.texts), "no token")
@@ -316,7 +321,8 @@ def test_at_four_times_the_capacity_each_request_is_answered_and_health_is_too(s
     is_over.set()
     watching.join(DEADLINE_S)
     assert {answer.status for answer in answers} <= {200, 503}
-    assert sum(answer.status == 200 for answer in answers) >= 24
+    # The waiting room's 16 at least; so many as 24 where the engine begins to work before they have all come.
+    assert sum(answer.status == 200 for answer in answers) >= 16
     assert all(1 <= int(a.headers["retry-after"]) <= 60 for a in answers if a.status == 503)
     assert set(health) == {200}
     wait_until(lambda: is_idle(url), "blocks stay in use")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import DEADLINE_S
 
 COMMAND = (sys.executable, "-m", "cacheflow")
 SMALL = ("--kv-cache-memory", "0.05", "--temperature", "0")
@@ -23,7 +24,7 @@ def cacheflow(*arguments: str | Path, **environment: str) -> subprocess.Complete
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
     )
 
 
@@ -129,13 +130,13 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_behind(tiny_llama: 
         start_new_session=True,
     )
     try:
-        end_s = time.monotonic() + 60
+        end_s = time.monotonic() + DEADLINE_S
         while not (output.exists() and output.read_text().count("\n") >= 3):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end_s, "nothing finished"
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=DEADLINE_S)
     finally:
         process.kill()
     assert process.returncode == 130, err
@@ -244,7 +245,7 @@ def test_other_libraries_information_stays_out_of_the_log(tiny_llama: Path) -> N
         "llm.LLM = load\n"
         f"main(['generate', '--model', {str(tiny_llama)!r}, *{SMALL!r}, 'Hello'])\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
     assert result.returncode == 0
     assert "of torch" not in result.stderr
     assert "INFO cacheflow." in result.stderr
@@ -273,7 +274,7 @@ def test_a_resumed_run_draws_what_an_unbroken_one_draws_and_takes_no_texts_of_ot
 def test_the_offline_example_ends_on_an_error_of_ours_in_one_line(tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "offline_inference.py"
     result = subprocess.run(
-        [sys.executable, example, "--model", tmp_path / "nothing-here"], capture_output=True, text=True, timeout=120
+        [sys.executable, example, "--model", tmp_path / "nothing-here"], capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("Error: ")

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect, sync_playwright
-from programs import Program
+from programs import DEADLINE_S, Program
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CAN_INSTALL = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get") is not None
-DEADLINE_S = 60.0
 DESKTOP = {"width": 1440, "height": 900}
 PHONE = {"width": 360, "height": 740}
 API_KEY = "a-key-for-tests"
+
+expect.set_options(timeout=60_000)
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and not (os.environ.get("CI") and CAN_INSTALL),
@@ -76,8 +77,8 @@ UNNAMED = """() => {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[str]:
-    yield from serve(tmp_path_factory, tiny_llama)
+def server(tmp_path_factory: pytest.TempPathFactory, long_llama: Path) -> Iterator[str]:
+    yield from serve(tmp_path_factory, long_llama)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def open_page(browser: Browser, server: str) -> Iterator[Open]:
         context = browser.new_context(viewport=viewport or DESKTOP, **options)  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
         page.on("request", lambda request: None if request.url.startswith(url) else problems.append(request.url))
@@ -149,6 +150,13 @@ def generate(page: Page, prompt: str = "The capital of France is", mode: str = "
     for name, value in fields.items():
         page.locator(f"#{name}").fill(str(value))
     page.get_by_role("button", name="Generate").click()
+
+
+def generate_for_long(page: Page) -> None:
+    """Starts a request that runs for 10 s and more."""
+    page.locator("#more").evaluate("details => { details.open = true }")
+    page.get_by_label("Go on past the end of text").check()
+    generate(page, mode="Sampling", max_tokens=15_000, n=2)
 
 
 def wait_until_done(page: Page) -> None:
@@ -222,9 +230,7 @@ def test_beams_stand_side_by_side_best_first(open_page: Open, server: str) -> No
 
 def test_stop_ends_the_request_in_the_engine_and_keeps_the_text(open_page: Open, server: str) -> None:
     page = open_page()
-    page.locator("#more").evaluate("details => { details.open = true }")
-    page.get_by_label("Go on past the end of text").check()
-    generate(page, mode="Sampling", max_tokens=480, n=32)
+    generate_for_long(page)
     expect(page.locator(".token").first).to_be_attached()
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.locator("#run")).to_have_text("Stopped.")
@@ -279,7 +285,7 @@ def test_the_copied_curl_is_the_request_and_a_shell_runs_it(open_page: Open) -> 
 
 def test_the_live_view_counts_as_the_server_does(open_page: Open, server: str) -> None:
     page = open_page()
-    body = json.dumps({"prompt": "Hello", "max_tokens": 480, "ignore_eos": True, "n": 32, "stream": True})
+    body = json.dumps({"prompt": "Hello", "max_tokens": 30_000, "ignore_eos": True, "stream": True})
     with subprocess.Popen(["curl", "-sN", f"{server}/generate", "-d", body], stdout=subprocess.DEVNULL) as other:
         # A request of another client is in the queue, and its blocks are on the map.
         expect(page.locator("#requests tr")).to_have_count(1)
@@ -299,12 +305,12 @@ def test_the_live_view_counts_as_the_server_does(open_page: Open, server: str) -
 
 def test_the_live_view_marks_the_request_of_its_own_page_and_no_other(open_page: Open, server: str) -> None:
     page = open_page()
-    body = json.dumps({"prompt": "Hello", "max_tokens": 480, "ignore_eos": True, "n": 32, "stream": True})
+    body = json.dumps({"prompt": "Hello", "max_tokens": 30_000, "ignore_eos": True, "stream": True})
     with subprocess.Popen(["curl", "-sN", f"{server}/generate", "-d", body], stdout=subprocess.DEVNULL) as other:
         expect(page.locator("#requests tr:not(.is-own)")).to_have_count(1)
         other.kill()
     expect(page.locator("#requests tr")).to_have_count(0)
-    generate(page, mode="Sampling", max_tokens=480, n=32)
+    generate_for_long(page)
     expect(page.locator("#requests tr.is-own")).to_contain_text("yours")
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#requests tr")).to_have_count(0)

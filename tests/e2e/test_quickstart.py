@@ -40,7 +40,7 @@ def run_quickstart(hub_cache: Path, folder: Path) -> subprocess.CompletedProcess
     script.write_text(QUICKSTART, encoding="utf-8")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(hub_cache.parent), "HF_HUB_CACHE": str(hub_cache)}
     command = [sys.executable, str(script)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from programs import Program
+from programs import DEADLINE_S, Program
 
 API_KEY = "a-key-for-tests"
-DEADLINE_S = 60.0
 ENTER_SCREEN, LEAVE_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory, long_llama: Path) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("top")
-    arguments = ("serve", "simple", "--model", str(tiny_llama), "--port", "0", "--kv-cache-memory", "0.02")
+    arguments = ("serve", "simple", "--model", str(long_llama), "--port", "0", "--kv-cache-memory", "0.02")
     program = Program(folder / "log", folder, *arguments, CACHEFLOW_API_KEY=API_KEY)
     try:
         yield "http://" + program.wait_for(" at http://")
@@ -144,7 +143,7 @@ def test_it_ends_on_q_and_ctrl_c_and_leaves_the_terminal_as_it_was(url: str, end
 
 def test_requests_come_and_go_and_a_new_size_is_filled(url: str) -> None:
     terminal = Terminal(url, "--interval", "0.1")
-    body = '{"prompt": "Hello", "max_tokens": 480, "ignore_eos": true, "n": 32, "stream": true}'
+    body = '{"prompt": "Hello", "max_tokens": 30000, "ignore_eos": true, "stream": true}'
     command = ["curl", "-sN", f"{url}/generate", "-H", f"Authorization: Bearer {API_KEY}", "-d", body]
     try:
         terminal.read_until(b"No requests.")

@@ -33,7 +33,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(script), *CAPABILITIES], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, str(script), *CAPABILITIES], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-8000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -161,9 +161,9 @@ class ThreadGroup:
 
     def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         self._board[self.rank] = tensor
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=300)
         tensors = list(self._board)
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=300)
         return tensors
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:

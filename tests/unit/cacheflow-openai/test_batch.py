@@ -51,7 +51,7 @@ def run(app: Any, source: Path, target: Path, max_concurrency: int = 4) -> list[
     try:
         lines = pending_lines(source, output.done)
         work = run_lines(app, source, lines, output, max_concurrency=max_concurrency, on_done=lambda is_good: None)
-        asyncio.run(asyncio.wait_for(work, 30))
+        asyncio.run(asyncio.wait_for(work, 180))
     finally:
         output.close()
     return [json.loads(line) for line in target.read_text().splitlines()]

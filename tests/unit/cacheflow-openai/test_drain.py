@@ -14,7 +14,7 @@ from cacheflow import AsyncLLMServer
 from cacheflow.config import EngineConfig
 from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
 
-DEADLINE_S = 30
+DEADLINE_S = 180
 LONG = {"stream": True, "ignore_eos": True, "temperature": 0}
 REQUESTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {**LONG, "prompt": "Let me", "max_tokens": 2000},

@@ -62,6 +62,8 @@ class AsyncLLMServer:
         self._client = client
         self._process = process
         self._watch = None if process is None else asyncio.create_task(self._keep_alive(process))
+        self._last_death: EngineDeadError | None = None
+        self._is_given_up = asyncio.Event()
 
     @classmethod
     async def start(cls, config: EngineConfig) -> AsyncLLMServer:
@@ -257,6 +259,15 @@ class AsyncLLMServer:
         """
         await self._client.drain(timeout_s)
 
+    async def given_up(self) -> EngineDeadError:
+        """Waits until the engine's process has died so often that it is not started again, and says how.
+
+        An engine that runs elsewhere is never given up: somebody else may start it again.
+        """
+        await self._is_given_up.wait()
+        assert self._last_death is not None
+        return self._last_death
+
     async def close(self) -> None:
         """Aborts what is unfinished, leaves the engine, and ends it if it was started here. May be called twice."""
         if self._watch is not None:
@@ -300,4 +311,6 @@ class AsyncLLMServer:
     async def _keep_alive(self, process: EngineProcess) -> None:
         end = await process.keep_alive()
         logger.critical("%s.", end)
-        self._client.fail(EngineDeadError(f"{end}."))
+        self._last_death = EngineDeadError(f"{end}.")
+        self._client.fail(self._last_death)
+        self._is_given_up.set()

@@ -14,8 +14,8 @@ from cacheflow.edge import EdgeOptions, Guard
 from cacheflow.entrypoints.turns import turn_taking_protocol
 from cacheflow.errors import CacheflowError
 
-TIMEOUT_S = 0.3
-DEADLINE_S = 30.0
+TIMEOUT_S = 1.0
+DEADLINE_S = 180.0
 OPTIONS = EdgeOptions(receive_timeout=TIMEOUT_S)
 HEAD = b"POST /%s HTTP/1.1\r\nHost: localhost\r\n"
 

@@ -12,7 +12,7 @@ import uvicorn
 
 from cacheflow.entrypoints.turns import ACCEPTED_AT_A_TIME, TurnTakingServer, turn_taking_protocol
 
-DEADLINE_S = 20.0
+DEADLINE_S = 180.0
 
 
 class Recorder:
@@ -49,7 +49,7 @@ async def serving(app: Any) -> AsyncIterator[tuple[str, int]]:
 
 
 def connect(where: tuple[str, int], data: bytes) -> socket.socket:
-    connection = socket.create_connection(where, timeout=0.5)
+    connection = socket.create_connection(where, timeout=DEADLINE_S)
     connection.sendall(data)
     return connection
 
@@ -64,9 +64,8 @@ def test_a_get_that_comes_last_is_answered_before_most_of_a_burst() -> None:
             burst.append(connect(where, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"))
             while len(app.methods) < 201:
                 await asyncio.sleep(0)
-            await asyncio.sleep(0.1)
             for connection in burst:
-                assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+                assert (await asyncio.to_thread(connection.recv, 100)).startswith(b"HTTP/1.1 200 ")
                 connection.close()
 
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))

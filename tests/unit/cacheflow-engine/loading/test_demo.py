@@ -68,7 +68,7 @@ demo.FILE_SHA256 = {hashlib.sha256(CONTENT).hexdigest()!r}
 print(demo.demo_file().read_bytes() == {CONTENT!r})
 """
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["True", "True"]
+    assert [process.communicate(timeout=300)[0].strip() for process in running] == ["True", "True"]
     left = {path.name for path in (wheels.parent / "cache" / "demo").iterdir()}
     assert left - {"fetch.lock"} == {demo.FILE}
 

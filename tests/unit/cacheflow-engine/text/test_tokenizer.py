@@ -86,14 +86,13 @@ def test_nothing_is_known_of_a_tokenizer_that_drops_parts_of_a_text(change):
 def test_other_threads_go_on_while_a_long_text_is_tokenised():
     tokenizer = Tokenizer(byte_level_bpe())
     thread = threading.Thread(target=tokenizer.encode, args=("hello world " * 100_000,))
-    start_s = last_s = time.monotonic()
-    longest_gap_s = 0.0
+    num_turns = 0
     thread.start()
     while thread.is_alive():
         time.sleep(0.001)
-        now_s = time.monotonic()
-        longest_gap_s, last_s = max(longest_gap_s, now_s - last_s), now_s
-    assert longest_gap_s < (last_s - start_s) / 2
+        num_turns += 1
+    # Were the interpreter held meanwhile, there would be one or two.
+    assert num_turns > 5
 
 
 def test_an_empty_text_is_bos_or_nothing():

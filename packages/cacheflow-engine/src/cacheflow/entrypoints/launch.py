@@ -25,7 +25,7 @@ from cacheflow.config import EngineConfig, flag_of
 from cacheflow.edge import EdgeOptions, Guard
 from cacheflow.entrypoints.gone import refuse_gone_options
 from cacheflow.entrypoints.options import build, options_from
-from cacheflow.errors import CacheflowError, ConfigError, PluginError
+from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError, PluginError
 from cacheflow.interfaces import Frontend
 from cacheflow.plugins import find_plugins, load_plugin
 from cacheflow.status import metrics_app
@@ -102,7 +102,8 @@ async def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT. The port is open while the engine loads: /health is 200, all else 503.
 
-    The first signal drains: new requests are refused with 503, running ones finish. The second ends at once.
+    The first signal drains: new requests are refused with 503, running ones finish. The second ends at once. An engine of its
+    own that keeps dying ends it too.
 
     Args:
         frontend: The frontend's class.
@@ -112,7 +113,7 @@ async def serve(
         key_file: Of that engine's key.
 
     Raises:
-        CacheflowError: The port can't be had, or the engine can't be started.
+        CacheflowError: The port can't be had, the engine can't be started, or it died too often.
     """
     # These cost a second together, so they are not paid by --help.
     import uvicorn
@@ -158,6 +159,7 @@ async def serve(
     starting: asyncio.Future[AsyncLLMServer] = asyncio.ensure_future(
         AsyncLLMServer.start(config) if engine_address is None else AsyncLLMServer.connect(engine_address, key_file=key_file)
     )
+    given_up: asyncio.Future[EngineDeadError] | None = None
     with _signals(server) as (ending, ending_now):
         try:
             await asyncio.wait((serving, starting, ending), return_when=asyncio.FIRST_COMPLETED)
@@ -169,7 +171,8 @@ async def serve(
                 print(f"Serving {engine.model_info.model} at {url}", flush=True)
                 if metrics_sockets:
                     print(f"Metrics at {_url(edge, metrics_sockets)}/metrics", flush=True)
-                await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
+                given_up = asyncio.ensure_future(engine.given_up())
+                await asyncio.wait((serving, ending, given_up), return_when=asyncio.FIRST_COMPLETED)
                 end_s = time.monotonic() + edge.drain_timeout
                 draining = asyncio.ensure_future(engine.drain(edge.drain_timeout))
                 await asyncio.wait((serving, draining, ending_now), return_when=asyncio.FIRST_COMPLETED)
@@ -190,6 +193,8 @@ async def serve(
                 metrics_server.should_exit = True
                 await asyncio.gather(serving_metrics, return_exceptions=True)
     serving.result()
+    if given_up is not None and not given_up.cancel():
+        raise given_up.result()
 
 
 class _Door:

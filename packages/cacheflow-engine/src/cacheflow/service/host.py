@@ -598,7 +598,8 @@ def main() -> None:
     startup = msgspec.json.decode(line, type=Startup)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cacheflow").setLevel(startup.log_level)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="cacheflow-parent", daemon=True).start()
+    folder = os.path.dirname(startup.address.removeprefix("ipc://"))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), name="cacheflow-parent", daemon=True).start()
     try:
         serve(startup.config, startup.address, is_supervised=True)
     except EngineDeadError as error:
@@ -608,10 +609,10 @@ def main() -> None:
         raise SystemExit(1) from error  # The client was told, and the parent raises it.
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # It is ending already.
-        shutil.rmtree(os.path.dirname(startup.address.removeprefix("ipc://")), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_with_parent(parent_pid: int) -> None:
+def _end_with_parent(parent_pid: int, folder: str) -> None:
     # The pipe closes when the parent is gone, however it went, unless a process that it forked holds it open.
     poll = select.poll()
     poll.register(sys.stdin.buffer, select.POLLHUP)
@@ -620,4 +621,5 @@ def _end_with_parent(parent_pid: int) -> None:
     logger.warning("The process that started the engine is gone; the engine ends.")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(END_AFTER_PARENT_S)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

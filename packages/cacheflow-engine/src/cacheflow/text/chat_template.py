@@ -38,7 +38,7 @@ class ChatTemplate:
 
     Args:
         data: The model's tokenizer, which brings template and special tokens.
-        timeout_s: How long one rendering may take.
+        timeout_s: How long one rendering may compute; time in which other work has the processor does not count.
         max_chars: How long the text may become.
     """
 
@@ -85,7 +85,7 @@ class ChatTemplate:
             "tools": list(tools) or None,
             "add_generation_prompt": True,
         }
-        token = _deadline_s.set(time.monotonic() + self._timeout_s)
+        token = _deadline_s.set(time.thread_time() + self._timeout_s)
         try:
             return self._generate(template, values)
         except (InvalidRequestError, MemoryError):
@@ -166,7 +166,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _check_clock() -> None:
-    if time.monotonic() > _deadline_s.get(float("inf")):
+    if time.thread_time() > _deadline_s.get(float("inf")):
         raise _limit("too long")
 
 
