@@ -52,15 +52,25 @@ def exact(demo_model: Path) -> Iterator[LLM]:
         yield engine
 
 
-def test_the_first_greedy_tokens_in_bfloat16_are_those_of_transformers(demo_model: Path) -> None:
-    twin = twin_of(demo_model, torch.bfloat16)
+def regret(exact_twin: Any, prompt_ids: list[int], token_ids: list[int]) -> float:
+    """By how much a token's logit is below the best one's, in float32, where it is most."""
+    with torch.inference_mode():
+        logits = exact_twin(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+    return float((logits.amax(dim=1) - chosen).max())
+
+
+def test_the_first_greedy_tokens_in_bfloat16_are_those_of_transformers_or_as_good(demo_model: Path) -> None:
+    """Where two tokens are about as likely, each processor's bfloat16 has its own favourite, in torch too: 0.13 were seen."""
+    twin, exact_twin = twin_of(demo_model, torch.bfloat16), twin_of(demo_model, torch.float32)
     with LLM(model=str(demo_model), dtype="bfloat16", kv_cache_memory=0.2, max_model_len=256) as engine:
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True), use_tqdm=False)
     num_equal = 0
     for output in outputs:
         expected = continue_with(twin, output.prompt_token_ids, max_new_tokens=8, eos_token_id=None)
         num_equal += output.outputs[0].token_ids == expected[0]
-    assert num_equal >= 9
+        assert regret(exact_twin, output.prompt_token_ids, output.outputs[0].token_ids) < 0.5
+    assert num_equal >= 6
 
 
 def test_beams_are_those_of_transformers(demo_model: Path, exact: LLM) -> None:
