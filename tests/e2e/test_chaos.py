@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import tempfile
@@ -148,6 +149,7 @@ def servers(folder: Path, tmp_path: Path, long_llama: Path) -> Iterator[Servers]
 
 def test_every_stream_that_stays_ends_with_the_right_text_whatever_dies(servers: Servers, folder: Path) -> None:
     draw = random.Random(4)
+    shared_before = set(os.listdir("/dev/shm"))
     engine = servers.engine("--max-num-seqs", str(NUM_SEATS))
     frontend, url = servers.frontend()
     other, other_url = servers.frontend()
@@ -195,7 +197,8 @@ def test_every_stream_that_stays_ends_with_the_right_text_whatever_dies(servers:
         assert program.process.returncode == 0, program.log.read_text()
     assert not list((folder / "run").iterdir())
     assert not [pid for pid in servers.pids if Path(f"/proc/{pid}").exists()]
-    assert not [name for name in os.listdir("/dev/shm") if any(str(pid) in name for pid in servers.pids)]
+    left_behind = set(os.listdir("/dev/shm")) - shared_before
+    assert not [name for name in left_behind if set(map(int, re.findall(r"\d+", name))) & set(servers.pids)]
 
 
 def test_each_frontend_is_restarted_while_the_other_streams(servers: Servers) -> None:
