@@ -152,10 +152,14 @@ def generate(page: Page, prompt: str = "The capital of France is", mode: str = "
     page.get_by_role("button", name="Generate").click()
 
 
-def generate_for_long(page: Page) -> None:
-    """Starts a request that runs for 10 s and more."""
+def go_on_past_the_end(page: Page) -> None:
     page.locator("#more").evaluate("details => { details.open = true }")
     page.get_by_label("Go on past the end of text").check()
+
+
+def generate_for_long(page: Page) -> None:
+    """Starts a request that runs for 10 s and more."""
+    go_on_past_the_end(page)
     generate(page, mode="Sampling", max_tokens=15_000, n=2)
 
 
@@ -180,9 +184,10 @@ def test_a_text_grows_and_ends_as_the_api_gives_it(open_page: Open, server: str)
       const note = () => window.lengths.add(document.querySelector(".choice .text")?.textContent.length);
       new MutationObserver(note).observe(document.getElementById("outputs"), { subtree: true, childList: true });
     }""")
-    generate(page, max_tokens=300)
+    go_on_past_the_end(page)
+    generate(page, max_tokens=2000)
     wait_until_done(page)
-    expected = post(server, {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 300})
+    expected = post(server, {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 2000, "ignore_eos": True})
     assert texts(page) == expected["text"]
     assert page.evaluate("window.lengths.size") > 3
     expect(page.locator(".choice h3")).to_contain_text("tokens")
@@ -206,7 +211,7 @@ def test_nothing_moves_while_texts_grow(open_page: Open) -> None:
       note();
     }""")
     wait_until_done(page)
-    assert page.evaluate("window.frames") > 3
+    page.wait_for_function("window.frames > 3")
     moved = """() => [...window.places].filter(([, places]) => places.size > 1)
       .map(([element, places]) => [element.outerHTML.slice(0, 80), ...places])"""
     assert page.evaluate(moved) == []
