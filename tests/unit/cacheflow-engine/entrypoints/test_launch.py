@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from cacheflow.entrypoints import launch
@@ -40,3 +43,13 @@ def test_a_flag_of_the_original_that_is_gone_says_why(capsys: pytest.CaptureFixt
         launch.main("simple", ["--use-np-weights"])
     assert end.value.code == 2
     assert "There is no --use-np-weights any more: safetensors files are memory-mapped" in capsys.readouterr().err
+
+
+def test_a_server_may_have_more_connections_than_a_shell_gives_it_files() -> None:
+    program = (
+        "import resource\nfrom cacheflow.entrypoints.launch import MOST_FILES, allow_many_connections\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        "allow_many_connections()\nsoft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
+        "assert soft == (MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)), (soft, hard)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

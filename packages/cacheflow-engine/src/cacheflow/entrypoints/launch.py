@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import math
+import resource
 import signal
 import socket
 import time
@@ -37,6 +38,8 @@ GROUP = "cacheflow.frontends"
 PACKAGES = {"simple": "cacheflow-server", "openai": "cacheflow-openai"}
 LAST_WORD_S = 2
 """How long after --drain-timeout an answer may take to tell its error, before it is cut off."""
+MOST_FILES = 65_536
+"""That a server's process may have open, connections among them, where the system lets it."""
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
@@ -149,6 +152,7 @@ async def serve(
             )
         )
 
+    allow_many_connections()
     sockets = _listen(edge.host, edge.port)
     metrics_sockets = [] if edge.metrics_port is None else _listen(edge.host, edge.metrics_port)
     url = _url(edge, sockets)
@@ -195,6 +199,14 @@ async def serve(
     serving.result()
     if given_up is not None and not given_up.cancel():
         raise given_up.result()
+
+
+def allow_many_connections() -> None:
+    """Raises the number of files that this process may open, from the usual 1,024: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Door:
