@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from cacheflow_kernels.accuracy import (
     relative_rms,
     rows,
 )
+from cacheflow_kernels.attention import CudaAttention
 from cacheflow_kernels.cuda import attention, blocks, library
 from cacheflow_kernels.cuda import rows as cuda_rows
 
@@ -243,3 +245,33 @@ def test_what_the_kernel_can_not_take_is_named(name: str, change: dict[str, Tens
     inputs = paged_inputs(case).to(torch.float16)
     with pytest.raises(ValueError, match=f"^{name} must be"):
         decode(case, PagedInputs(**(vars(inputs) | change)))
+
+
+def test_a_padded_batch_in_a_refilled_plan_gets_the_bits_that_it_gets_alone() -> None:
+    layer = SimpleNamespace(scale=0.125, window=None, alibi_slopes=None, soft_cap=None)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "block_size": 16}
+    backend = CudaAttention(SimpleNamespace(**sizes, dtype=torch.float16, device=torch.device("cpu")))
+
+    def decodes(lens: list[int], width: int) -> SimpleNamespace:
+        # Each sequence has 40 blocks, of which the table shows as many as it has room for.
+        tables = torch.arange(40, dtype=torch.int32) + 40 * torch.arange(len(lens), dtype=torch.int32)[:, None]
+        return SimpleNamespace(
+            query_start_loc=torch.arange(len(lens) + 1, dtype=torch.int32),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            block_tables=torch.cat((tables, torch.full((len(lens), 64), -1, dtype=torch.int32)), dim=1)[:, :width].contiguous(),
+            slot_mapping=torch.tensor([640 * i + length - 1 for i, length in enumerate(lens)]),
+            num_decodes=len(lens),
+            max_query_len=1,
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(backend.kv_shape(160), generator=generator).half()
+    q, k, v = (torch.randn(4, heads, 64, generator=generator).half() for heads in (4, 2, 2))
+    lens = [5, 600, 33]
+    kv, kv_padded = cache.clone(), cache.clone()
+    alone = backend.forward(layer, q[:3], k[:3], v[:3], kv, backend.plan(decodes(lens, 38)))
+    captured = backend.plan(decodes([1, 1, 1, 1], 96))
+    padded = backend.plan(decodes([*lens, 1], 96), into=captured)
+    assert padded is captured
+    assert torch.equal(backend.forward(layer, q, k, v, kv_padded, padded)[:3], alone)
+    assert torch.equal(kv_padded[:120], kv[:120])

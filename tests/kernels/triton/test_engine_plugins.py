@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from cacheflow import LLM, SamplingParams
+from cacheflow.config import EngineConfig
 from cacheflow.conformance import NotApplicable, checks_of
-from cacheflow.interfaces import AttentionMetadata, AttentionSpec, KVCacheSpec
+from cacheflow.core import EngineCore
+from cacheflow.executors.local import LocalExecutor
+from cacheflow.interfaces import AttentionMetadata, AttentionSpec, Capacity, KVCacheSpec
+from cacheflow.types import EngineRequest
+from cacheflow.worker.runner import Runner
 from cacheflow_kernels.attention import TritonAttention
 from cacheflow_kernels.providers import TritonOps
 from cacheflow_kernels.triton import is_interpreted
@@ -95,3 +100,28 @@ def test_the_engine_generates_the_same_tokens_as_with_torch(tiny_llama: Path) ->
         llm.close()
     assert len(generated[0][0]) == 6
     assert generated[0] == generated[1]
+
+
+class CapturingExecutor(LocalExecutor):
+    """The local executor, whose captured steps are called again on the same tensors."""
+
+    def start(self, config: EngineConfig) -> Capacity:
+        self._runner = Runner(config, capture=lambda run: run)
+        return self._runner.capacity
+
+
+def test_captured_steps_give_the_same_tokens(tiny_llama: Path) -> None:
+    options = {"dtype": "float32", "attention_backend": "triton", "kv_cache_memory": 0.01}
+    config = EngineConfig(model=str(tiny_llama), max_num_seqs=4, max_model_len=64, **options)
+    generated = []
+    for executor in (LocalExecutor(), CapturingExecutor()):
+        core, tokens = EngineCore(config, executor), {}
+        for i in range(3):
+            params = SamplingParams(temperature=0.0, max_tokens=3 + i, ignore_eos=True)
+            core.add(EngineRequest(request_id=str(i), prompt_token_ids=[5 + i] * (2 + 9 * i), params=params, arrival_s=0.0))
+        while core.has_unfinished:
+            for update in core.step():
+                tokens.setdefault(update.request_id, []).extend(update.sequences[0].new_token_ids)
+        generated.append(tokens)
+    assert generated[0] == generated[1]
+    assert [len(tokens) for tokens in generated[0].values()] == [3, 4, 5]

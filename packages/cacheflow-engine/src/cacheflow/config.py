@@ -148,6 +148,12 @@ class EngineConfig:
     executor: str = option("auto", "auto, or a name in the cacheflow.executors group.")
     tensor_parallel_size: int = option(1, "Devices that share each layer.", minimum=1, flags=("-tp",))
     pipeline_parallel_size: int = option(1, "Groups of devices that share the layers.", minimum=1, flags=("-pp",))
+    enforce_eager: bool = option(False, "No CUDA graphs: a GPU gets every kernel of every step from the host.")
+    run_ahead: str = option(
+        "auto",
+        "Make a step of decodes while the one before runs, with its tokens still on the device. auto: on a GPU.",
+        choices=("auto", "always", "never"),
+    )
     num_threads: int | None = option(
         None, "CPU threads. Default: OMP_NUM_THREADS, else the cores that this process may use.", minimum=1
     )

@@ -1,5 +1,9 @@
 """The engine's core: schedule → execute → apply. One owner drives it; it starts no thread and opens no socket.
 
+Where the executor allows it, a step of decodes is made and submitted while the one before runs, so that a GPU never waits for
+the host: its tokens go from one step to the next on the device. What such a step computed for a sequence that has turned out to
+be over is dropped.
+
 It knows requests as token ids and steps as values; text, processes and clients are others' business.
 """
 
@@ -8,11 +12,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from cacheflow.config import EngineConfig
 from cacheflow.errors import CacheflowError, EngineDeadError, InvalidRequestError, OutOfMemoryError
-from cacheflow.interfaces import Executor, StepOutput
+from cacheflow.interfaces import Executor, Pending, Step, StepOutput
 from cacheflow.kvcache.manager import KVManager
 from cacheflow.plugins import load_plugin, select_plugin
 from cacheflow.profile import EXECUTE, SpanMaker, StepProfile, no_span
@@ -21,6 +27,14 @@ from cacheflow.scheduling.sequence import Request
 from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step that was submitted."""
+
+    step: Step
+    pending: Pending[StepOutput]
 
 
 class EngineCore:
@@ -65,6 +79,8 @@ class EngineCore:
             self._profile = StepProfile(config.trace, is_logged=config.profile)
             self.span = self._profile.span
         self.on_step: Callable[[Iterable[EngineRequest]], None] | None = None
+        self._can_follow: Callable[[Step], bool] | None = getattr(executor, "can_follow", None)
+        self._running: _Running | None = None
         self._suspects: list[list[Request]] = []
         self._alone: deque[Request] = deque()
 
@@ -108,6 +124,7 @@ class EngineCore:
             return self._step()
         except BaseException:
             # Ctrl-C, above all: nobody knows what it interrupted.
+            self._running = None
             self.scheduler.reset()
             raise
 
@@ -121,34 +138,61 @@ class EngineCore:
 
     def close(self) -> None:
         """Frees the model and the KV cache. May be called twice."""
+        self._running = None
         self._executor.close()
         if self._profile is not None:
             self._profile.close()
             self._profile = None
 
     def _step(self) -> list[RequestUpdate]:
-        with self.span("schedule"):
-            step = self.scheduler.schedule(only=self._next_suspects())
-        if step is None:
+        running, self._running = self._running or self._start(), None
+        if running is None:
             # All the suspects have ended, or there is nothing to do.
             del self._suspects[-1:]
             return []
-        if self.on_step is not None:
-            self.on_step(self.scheduler.scheduled())
+        step = running.step
+        num_tokens = sum(len(entry.token_ids) for entry in step.sequences)
+        following = self._start_following(step)
         try:
             with self.span(EXECUTE):
-                output: StepOutput = self._executor.submit(step).result()
+                output: StepOutput = running.pending.result()
         except EngineDeadError:
             raise
         except Exception as error:
+            if following is not None:
+                with suppress(Exception):  # It went on from what this step should have left.
+                    following.pending.result()
             self._executor.check()
-            return self._step_failed(error, num_tokens=sum(len(entry.token_ids) for entry in step.sequences))
+            return self._step_failed(error, num_tokens)
         del self._suspects[-1:]
         with self.span("apply"):
             updates = self.scheduler.apply(step, output)
+        self._running = following
         if self._profile is not None:
-            self._profile.end_step(sum(len(entry.token_ids) for entry in step.sequences), output.spans)
+            self._profile.end_step(num_tokens, output.spans)
         return updates
+
+    def _start(self) -> _Running | None:
+        """The next step, on its way."""
+        with self.span("schedule"):
+            step = self.scheduler.schedule(only=self._next_suspects())
+        if step is None:
+            return None
+        if self.on_step is not None:
+            self.on_step(self.scheduler.scheduled())
+        return self._submit(step)
+
+    def _start_following(self, step: Step) -> _Running | None:
+        """The step behind one that runs, if it can be made already. Its requests are among that one's: `on_step` knows them."""
+        if self._can_follow is None or self._suspects or self._alone or not self._can_follow(step):
+            return None
+        with self.span("schedule"):
+            following = self.scheduler.schedule_following(step)
+        return None if following is None else self._submit(following)
+
+    def _submit(self, step: Step) -> _Running:
+        with self.span(EXECUTE):
+            return _Running(step, self._executor.submit(step))
 
     def _next_suspects(self) -> list[Request] | None:
         if self._suspects:
@@ -163,6 +207,8 @@ class EngineCore:
         When memory ran out there may be no culprit: then steps get smaller first.
         """
         requests = self.scheduler.rollback()
+        if not requests:
+            return []  # All of them ended while it was on its way.
         if isinstance(error, OutOfMemoryError):
             if self.scheduler.make_smaller_steps(num_tokens, requests):
                 logger.warning("A step of %d tokens found too little memory; smaller ones follow. %s", num_tokens, error)

@@ -231,6 +231,10 @@ class AttentionBackend(Protocol):
 
     The runner makes one tensor of `kv_shape` per layer, calls `copy_blocks` for the step's copies, then `plan` once and
     `forward` once a layer.
+
+    A backend may have `can_be_captured = True`. It promises that `plan` refills `into`, that `forward` reads nothing back from
+    the device, and that what it launches for decodes depends on shapes alone: then steps of decodes are captured in CUDA
+    graphs, each for its number of sequences and width of block tables.
     """
 
     CONTRACT_VERSION: ClassVar[int]
@@ -513,6 +517,10 @@ class Capacity:
     info: ModelInfo
 
 
+UNKNOWN_TOKEN = -1
+"""Stands for a token that the running step is about to choose."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSpec:
     """One choice to make from the logits behind a sequence's last scheduled token.
@@ -523,8 +531,9 @@ class SampleSpec:
         index: The sequence's number within its request; the second coordinate of its random numbers.
         params: Of the request.
         prompt_token_ids: Of the request.
-        output_token_ids: Generated so far; its length is the third coordinate of the random number.
+        output_token_ids: Generated so far.
         num_candidates: 0: choose one token. Otherwise return this many most likely ones (beam search).
+        num_unknown: Tokens that precede this one and are not in `output_token_ids` yet: 1 in a step that follows another.
     """
 
     sequence_id: int
@@ -534,6 +543,12 @@ class SampleSpec:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     num_candidates: int = 0
+    num_unknown: int = 0
+
+    @property
+    def position(self) -> int:
+        """Tokens generated before this one: the third coordinate of its random number."""
+        return len(self.output_token_ids) + self.num_unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -571,11 +586,14 @@ class Step:
         sequences: In any order.
         copies: Blocks (source, destination) to copy before anything is written.
         finished_requests: `request_index` of requests that ended since the last step, whose processors can be dropped.
+        follows: It was made while the step before ran, whose sequences include all of its own: they compute the one token that
+            is chosen for them there. Here that token is `UNKNOWN_TOKEN`.
     """
 
     sequences: tuple[ScheduledSequence, ...]
     copies: tuple[tuple[int, int], ...] = ()
     finished_requests: tuple[int, ...] = ()
+    follows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -621,7 +639,12 @@ class Pending(Protocol[T]):
 
 
 class Executor(Protocol):
-    """Runs steps on one or several workers. Steps run in the order in which they are submitted."""
+    """Runs steps on one or several workers. Steps run in the order in which they are submitted.
+
+    An executor may have `can_follow(step) -> bool`: whether it takes a step that `follows` the given one, which was submitted
+    last, before that one's result is asked for. What the lists in a step hold counts when it is submitted: they grow later. No
+    more than two steps are on their way. When the first one fails, the second one's result is asked for too, and means nothing.
+    """
 
     CONTRACT_VERSION: ClassVar[int]
 

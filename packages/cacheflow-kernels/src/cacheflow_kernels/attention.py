@@ -36,6 +36,7 @@ class TritonAttention:
 
     CONTRACT_VERSION: ClassVar[int] = 1
     priority: ClassVar[int] = 20
+    can_be_captured: ClassVar[bool] = True
 
     @classmethod
     def supports(cls, spec: Any) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ class TritonAttention:
     def copy_blocks(self, kv: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
         """Two launches for all layers."""
         if pairs and kv:
-            self._copy_blocks(kv, torch.tensor(pairs, dtype=torch.int64))
+            self._copy_blocks(kv, _pinned(pairs))
 
     def swap_blocks(self, source: Sequence[Tensor], destination: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
         """One gather, one transfer and one scatter a layer."""
@@ -131,19 +132,12 @@ class TritonAttention:
         return self._slopes[slopes]
 
 
-@dataclass(frozen=True)
-class CudaPlan:
-    """What a step's layers share: the batch, and memory for the splits of its contexts."""
-
-    batch: TritonPlan
-    workspace: cuda_attention.Workspace
-
-
 class CudaAttention:
     """Decodes through the CUDA kernel, prompt chunks through Triton's; the cache is laid out as `TritonAttention`'s."""
 
     CONTRACT_VERSION: ClassVar[int] = 1
     priority: ClassVar[int] = 30
+    can_be_captured: ClassVar[bool] = True
 
     @classmethod
     def supports(cls, spec: Any) -> tuple[str, ...]:
@@ -162,29 +156,22 @@ class CudaAttention:
         self._paged_prefill = paged_prefill
         self._triton = TritonAttention(spec)
         self.kv_shape = self._triton.kv_shape
+        self.plan = self._triton.plan
 
-    def plan(self, metadata: Any, into: CudaPlan | None = None) -> CudaPlan:
-        """As `TritonAttention.plan`."""
-        if into is not None:
-            self._triton.plan(metadata, into.batch)
-            return into
-        batch = self._triton.plan(metadata)
-        spec = self._spec
-        num_seqs, max_blocks = batch.block_tables.shape
-        max_seq_len = max_blocks * spec.block_size
-        workspace = cuda_attention.Workspace.make(num_seqs, spec.num_heads, spec.head_size, max_seq_len, spec.device)
-        return CudaPlan(batch, workspace)
-
-    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: CudaPlan) -> Tensor:
+    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: TritonPlan) -> Tensor:
         """Stores, then attends: at most four launches."""
-        batch, k_cache, v_cache = plan.batch, kv[:, 0], kv[:, 1]
-        cuda_blocks.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        spec, k_cache, v_cache = self._spec, kv[:, 0], kv[:, 1]
+        cuda_blocks.store_kv(k, v, k_cache, v_cache, plan.slot_mapping)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         slopes = self._triton.slopes(layer)
-        tensors = (q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, out)
-        if batch.num_decodes:
-            cuda_attention.paged_decode(*tensors, layer.scale, layer.window, slopes, layer.soft_cap, plan.workspace)
-        if batch.max_query_len > 1:
+        tensors = (q, k_cache, v_cache, plan.block_tables, plan.seq_lens, plan.query_start_loc, out)
+        if plan.num_decodes:
+            # Each layer's own, so that captured steps of all sizes share what is freed in between.
+            num_seqs, max_blocks = plan.block_tables.shape
+            max_seq_len = max_blocks * spec.block_size
+            workspace = cuda_attention.Workspace.make(num_seqs, spec.num_heads, spec.head_size, max_seq_len, spec.device)
+            cuda_attention.paged_decode(*tensors, layer.scale, layer.window, slopes, layer.soft_cap, workspace)
+        if plan.max_query_len > 1:
             window = cuda_attention.NO_WINDOW if layer.window is None else min(layer.window, cuda_attention.NO_WINDOW)
             self._paged_prefill(*tensors, layer.scale, window, slopes, layer.soft_cap)
         return out
@@ -192,7 +179,7 @@ class CudaAttention:
     def copy_blocks(self, kv: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
         """One launch for all layers, unless a block is both read and written."""
         if pairs and kv:
-            cuda_blocks.copy_blocks(kv, torch.tensor(pairs, dtype=torch.int64))
+            cuda_blocks.copy_blocks(kv, _pinned(pairs))
 
     def swap_blocks(self, source: Sequence[Tensor], destination: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
         """A copy by the driver for each run of consecutive blocks; it returns when all are done."""
@@ -266,6 +253,11 @@ class CpuAttention:
         read, written = (list(blocks) for blocks in zip(*pairs, strict=True))
         for origin, target in zip(source, destination, strict=True):
             target[written] = origin[read].to(target.device)
+
+
+def _pinned(pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """In memory from which a GPU takes it without the host's waiting."""
+    return torch.tensor(pairs, dtype=torch.int64, pin_memory=torch.cuda.is_available())
 
 
 def _cpu_slopes(alibi_slopes: tuple[float, ...] | None) -> Tensor | None:

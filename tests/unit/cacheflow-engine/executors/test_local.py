@@ -62,7 +62,7 @@ def test_memory_that_runs_out_in_a_step_has_a_name_that_the_core_knows(
 ) -> None:
     executor = LocalExecutor()
     executor.start(EngineConfig(model=str(tiny_llama), device="cpu", num_threads=1, kv_cache_memory=0.005, max_model_len=64))
-    monkeypatch.setattr(Runner, "execute", lambda self, step: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(Runner, "launch", lambda self, step: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(OutOfMemoryError, match="allocate"):
         executor.submit(_step(SamplingParams(seed=0))).result()
     executor.close()

@@ -11,7 +11,7 @@ from cacheflow.errors import EngineDeadError, OutOfMemoryError
 if TYPE_CHECKING:
     from cacheflow.config import EngineConfig
     from cacheflow.interfaces import Capacity, Step, StepOutput
-    from cacheflow.worker.runner import Runner
+    from cacheflow.worker.runner import Launched, Runner
 
 SPIN_COUNT = "5000"
 """GOMP_SPINCOUNT, unless the user sets it: how often a thread that waits for the others looks before it sleeps. One stream
@@ -20,22 +20,25 @@ beside a process that took one of two cores: 25 tokens/s with it, 14 with the li
 
 
 @dataclass(frozen=True)
-class Done:
-    """A step that has ended: with a result or with an exception."""
+class Submitted:
+    """A step that was launched, or whose launch failed."""
 
-    value: StepOutput | None = None
+    launched: Launched | None = None
     error: Exception | None = None
 
     def result(self) -> StepOutput:
-        """Gives the one or raises the other."""
+        """Waits for what was launched; raises what went wrong."""
         if self.error is not None:
             raise self.error
-        assert self.value is not None
-        return self.value
+        assert self.launched is not None
+        try:
+            return self.launched.result()
+        except Exception as error:
+            raise _named(error) from error
 
 
 class LocalExecutor:
-    """One process, one device, one step at a time."""
+    """One process, one device. On a GPU steps are launched, and the next may be while one runs."""
 
     CONTRACT_VERSION: ClassVar[int] = 1
     priority: ClassVar[int] = 0
@@ -67,14 +70,18 @@ class LocalExecutor:
         self._runner = Runner(config)
         return self._runner.capacity
 
-    def submit(self, step: Step) -> Done:
-        """Runs the step at once."""
+    def submit(self, step: Step) -> Submitted:
+        """Launches the step; on a CPU that runs it."""
         if self._runner is None:
             raise EngineDeadError("The executor is closed or was never started.")
         try:
-            return Done(value=self._runner.execute(step))
+            return Submitted(launched=self._runner.launch(step))
         except Exception as error:
-            return Done(error=_named(error))
+            return Submitted(error=_named(error))
+
+    def can_follow(self, step: Step) -> bool:
+        """On a GPU, unless a logits processor waits for the tokens."""
+        return self._runner is not None and self._runner.can_follow(step)
 
     def check(self) -> None:
         """Asks the device, which may be gone behind an error that looks like a request's."""

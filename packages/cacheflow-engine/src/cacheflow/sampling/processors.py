@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cacheflow.errors import InvalidRequestError
+from cacheflow.sampling.transfer import all_to_device, to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +27,13 @@ def _check_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
     outside = [token for token in token_ids if token >= vocab_size]
     if outside:
         raise InvalidRequestError(f"{name} has token id {outside[0]}; the model has ids 0 to {vocab_size - 1}.", param=name)
+
+
+def _exclude(logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+    """Sets one logit of each row to -inf; a row may come several times."""
+    if rows:
+        at_rows, at_ids = all_to_device((np.array(rows, np.int64), np.array(token_ids, np.int64)), logits.device)
+        logits[at_rows, at_ids] = -math.inf
 
 
 class Penalties:
@@ -66,10 +74,10 @@ class Penalties:
             seen_ids.append(ids)
             factors.append(np.full(len(ids), own._repetition, dtype=np.float32))
             amounts.append(amount.astype(np.float32))
-        place = tuple(torch.from_numpy(np.concatenate(part)).to(logits.device) for part in (seen_rows, seen_ids))
-        factor, subtracted = (torch.from_numpy(np.concatenate(part)).to(logits.device) for part in (factors, amounts))
-        values = logits[place]
-        logits[place] = torch.where(values > 0, values / factor, values * factor) - subtracted
+        arrays = [np.concatenate(part) for part in (seen_rows, seen_ids, factors, amounts)]
+        at_rows, at_ids, factor, subtracted = all_to_device(arrays, logits.device)
+        values = logits[at_rows, at_ids]
+        logits[at_rows, at_ids] = torch.where(values > 0, values / factor, values * factor) - subtracted
 
 
 class LogitBias:
@@ -80,8 +88,8 @@ class LogitBias:
     argmax_invariant: ClassVar[bool] = False
 
     def __init__(self, token_ids: Sequence[int], values: Sequence[float]) -> None:
-        self._token_ids = torch.tensor(token_ids)
-        self._values = torch.tensor(values, dtype=torch.float32)
+        self._token_ids = np.array(token_ids, np.int64)
+        self._values = np.array(values, np.float32)
 
     @classmethod
     def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
@@ -96,7 +104,8 @@ class LogitBias:
         """Adds each row's values."""
         for row in rows:
             own: LogitBias = row.processor
-            logits[row.row].index_add_(0, own._token_ids.to(logits.device), own._values.to(logits.device))
+            token_ids, values = all_to_device((own._token_ids, own._values), logits.device)
+            logits[row.row].index_add_(0, token_ids, values)
 
 
 class AllowedTokenIds:
@@ -107,7 +116,7 @@ class AllowedTokenIds:
     argmax_invariant: ClassVar[bool] = False
 
     def __init__(self, token_ids: Sequence[int]) -> None:
-        self._token_ids = torch.tensor(token_ids)
+        self._token_ids = np.array(token_ids, np.int64)
 
     @classmethod
     def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
@@ -122,7 +131,7 @@ class AllowedTokenIds:
         """Sets all other logits to -inf."""
         for row in rows:
             own: AllowedTokenIds = row.processor
-            token_ids = own._token_ids.to(logits.device)
+            token_ids = to_device(own._token_ids, logits.device)
             values = logits[row.row, token_ids]
             logits[row.row].fill_(-math.inf)
             logits[row.row, token_ids] = values
@@ -162,8 +171,7 @@ class BadWords:
             banned = own._single + [word[-1] for word in begun if tuple(output[1 - len(word) :]) == word[:-1]]
             banned_rows += [row.row] * len(banned)
             banned_ids += banned
-        if banned_rows:
-            logits[banned_rows, banned_ids] = -math.inf
+        _exclude(logits, banned_rows, banned_ids)
 
 
 class MinTokens:
@@ -189,7 +197,7 @@ class MinTokens:
     @classmethod
     def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
         """Sets the ends' logits to -inf."""
-        for row in rows:
-            own: MinTokens = row.processor
-            if len(row.output_token_ids) < own._min_tokens:
-                logits[row.row, own._token_ids] = -math.inf
+        early = [row for row in rows if len(row.output_token_ids) < row.processor._min_tokens]
+        ends = [row.processor._token_ids for row in early]
+        at_rows = [row.row for row, its_ends in zip(early, ends, strict=True) for _ in its_ends]
+        _exclude(logits, at_rows, [token for its_ends in ends for token in its_ends])

@@ -6,7 +6,7 @@ What is chosen for a row depends on that row and its request alone. This module 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,7 +155,7 @@ class Sampler:
         params = spec.params
         return (
             self._draw_rows is not None
-            and not (params.is_greedy or spec.num_candidates or _cuts(params, vocab_size) or params.min_p)
+            and not (params.is_greedy or spec.num_candidates or cuts(params, vocab_size) or params.min_p)
             and params.logprobs is None
             and not self._processors_of(spec)
         )
@@ -167,7 +167,7 @@ class Sampler:
             logits,
             torch.tensor(row_of_spec, device=device),
             torch.tensor([max(spec.params.temperature, LEAST_TEMPERATURE) for spec in specs], device=device),
-            torch.from_numpy(_numbers(specs)).to(device),
+            torch.from_numpy(random_numbers(specs)).to(device),
         )
         _check_finite(logprobs[:, None], range(len(specs)), specs)
         return [
@@ -185,7 +185,27 @@ class Sampler:
         self, raw: torch.Tensor, normaliser: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]
     ) -> tuple[torch.Tensor, Sequence[int], torch.Tensor]:
         """The logits to choose from, each spec's row in them, and their normaliser; `raw` itself when nothing changes it."""
-        uses: dict[Any, list[ProcessorRow]] = {}
+        uses = self.uses(specs)
+        if not uses:
+            return raw, row_of_spec, normaliser
+        processed = raw[torch.tensor(row_of_spec, device=raw.device)]
+        for processor_class, its_rows in uses.items():
+            processor_class.apply(processed, its_rows)
+        rows = range(len(specs))
+        processed_normaliser = processed.logsumexp(dim=-1, keepdim=True)
+        for i, value in enumerate(processed_normaliser[:, 0].tolist()):
+            if value == -math.inf:
+                raise nothing_allowed(specs[i], i, uses, raw.shape[1])
+        _check_finite(processed_normaliser, rows, specs)
+        return processed, rows, processed_normaliser
+
+    def is_processed(self, spec: SampleSpec) -> bool:
+        """Whether any processor may change what the spec chooses from."""
+        return bool(self._processors_of(spec))
+
+    def uses(self, specs: Sequence[SampleSpec]) -> dict[Any, list[ProcessorRow]]:
+        """The rows that each processor is to change, in the order in which processors run; row i is spec i's."""
+        uses: dict[Any, list[ProcessorRow]] = {processor_class: [] for processor_class in self._classes}
         for i, spec in enumerate(specs):
             is_greedy = spec.params.is_greedy and not spec.num_candidates
             for processor_class, processor in self._processors_of(spec):
@@ -197,24 +217,8 @@ class Sampler:
                         prompt_token_ids=spec.prompt_token_ids,
                         output_token_ids=spec.output_token_ids,
                     )
-                    uses.setdefault(processor_class, []).append(row)
-        if not uses:
-            return raw, row_of_spec, normaliser
-        processed = raw[torch.tensor(row_of_spec, device=raw.device)]
-        for processor_class in self._classes:
-            if processor_class in uses:
-                processor_class.apply(processed, uses[processor_class])
-        rows = range(len(specs))
-        processed_normaliser = processed.logsumexp(dim=-1, keepdim=True)
-        for i, value in enumerate(processed_normaliser[:, 0].tolist()):
-            if value == -math.inf:
-                names = ", ".join(c.__name__ for c in self._classes if any(row.row == i for row in uses.get(c, ())))
-                raise InvalidRequestError(
-                    f"The request allows no token after {len(specs[i].output_token_ids)} tokens: all of the model's "
-                    f"{raw.shape[1]} are excluded by {names}. Allow more, or lower min_tokens."
-                )
-        _check_finite(processed_normaliser, rows, specs)
-        return processed, rows, processed_normaliser
+                    uses[processor_class].append(row)
+        return {processor_class: rows for processor_class, rows in uses.items() if rows}
 
     def _processors_of(self, spec: SampleSpec) -> tuple[tuple[Any, Any], ...]:
         """The (class, instance) pairs of the spec's request, made when it is first seen."""
@@ -259,27 +263,27 @@ def draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
     inside.div_(temperatures).exp_()
     if any(p.min_p for p in params):
         inside.mul_(inside >= torch.tensor([p.min_p for p in params], device=device)[:, None])
-    cut = [i for i, p in enumerate(params) if _cuts(p, vocab_size)]
+    cut = [i for i, p in enumerate(params) if cuts(p, vocab_size)]
     if cut:
         kept = _nucleus(_take(logits, cut), _take(weights, cut), _take(temperatures, cut), [params[i] for i in cut])
         if len(cut) == len(params):
             inside.mul_(kept)
         else:
             inside[torch.tensor(cut, device=device)] *= kept
-    return _invert(weights, torch.from_numpy(_numbers(specs)).to(device))
+    return invert(weights, torch.from_numpy(random_numbers(specs)).to(device))
 
 
-def _cuts(params: SamplingParams, vocab_size: int) -> bool:
+def cuts(params: SamplingParams, vocab_size: int) -> bool:
     """Whether top_k or top_p takes tokens away."""
     return 0 < params.top_k < vocab_size or params.top_p < 1
 
 
-def _numbers(specs: Sequence[SampleSpec]) -> NDArray[np.float64]:
+def random_numbers(specs: Sequence[SampleSpec]) -> NDArray[np.float64]:
     """Each spec's own random number."""
     return uniform(
         [spec.params.seed or 0 for spec in specs],
         [spec.index for spec in specs],
-        [len(spec.output_token_ids) for spec in specs],
+        [spec.position for spec in specs],
     )
 
 
@@ -324,7 +328,7 @@ def _block_ends(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sums, sums.cumsum(dim=-1)
 
 
-def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """The first token at which the running sum of weights passes `number` of the total, in the order of token ids.
 
     Args:
@@ -392,11 +396,27 @@ def _take(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return matrix.index_select(0, torch.tensor(rows, device=matrix.device))
 
 
+def nothing_allowed(
+    spec: SampleSpec, row: int, uses: Mapping[Any, Sequence[ProcessorRow]], vocab_size: int
+) -> InvalidRequestError:
+    """What to raise when processors left no token."""
+    names = ", ".join(c.__name__ for c, its_rows in uses.items() if any(its.row == row for its in its_rows))
+    return InvalidRequestError(
+        f"The request allows no token after {spec.position} tokens: all of the model's {vocab_size} are excluded by {names}. "
+        "Allow more, or lower min_tokens."
+    )
+
+
+def not_finite(spec: SampleSpec) -> RequestFailedError:
+    """What to raise when the model's logits are not numbers."""
+    return RequestFailedError(
+        f"The logits after {len(spec.prompt_token_ids)} prompt and {spec.position} output tokens are not numbers: the model "
+        "overflowed. Try --dtype bfloat16 or float32, and check the checkpoint."
+    )
+
+
 def _check_finite(normaliser: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> None:
     finite = torch.isfinite(normaliser[:, 0]).tolist()
     for row, spec in zip(row_of_spec, specs, strict=True):
         if not finite[row]:
-            raise RequestFailedError(
-                f"The logits after {len(spec.prompt_token_ids)} prompt and {len(spec.output_token_ids)} output tokens are not "
-                "numbers: the model overflowed. Try --dtype bfloat16 or float32, and check the checkpoint."
-            )
+            raise not_finite(spec)

@@ -18,6 +18,7 @@ import torch
 
 from cacheflow.errors import InvalidRequestError
 from cacheflow.kvcache.plan import num_usable_cpus
+from cacheflow.sampling.transfer import all_to_device
 from cacheflow.text.structure import grammar_of, limits, load_library, refusal
 from cacheflow.types import SamplingParams, StructuredOutput
 
@@ -90,8 +91,7 @@ class Structured:
             if state.matcher.is_error():
                 raise refusal(own._structure, state.matcher.get_error())
             allowed[i, own._ends] = state.has_ended or state.matcher.is_accepting()
-        places = torch.tensor([row.row for row in rows], device=logits.device)
-        closed = torch.from_numpy(~allowed).to(logits.device)
+        places, closed = all_to_device((np.array([row.row for row in rows]), ~allowed), logits.device)
         logits[places] = logits[places].masked_fill_(closed, -math.inf)
         for row, state in zip(rows, progress, strict=True):
             if state.has_ended:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from cacheflow.errors import InvalidRequestError
-from cacheflow.interfaces import Sample, SampleSpec, ScheduledSequence, SchedulingPolicy, Step, StepOutput
+from cacheflow.interfaces import UNKNOWN_TOKEN, Sample, SampleSpec, ScheduledSequence, SchedulingPolicy, Step, StepOutput
 from cacheflow.kvcache.manager import KVManager
 from cacheflow.scheduling.beam_search import BeamSearch
 from cacheflow.scheduling.sequence import Request, Sequence
@@ -84,7 +85,8 @@ class Scheduler:
         self._running: list[Request] = []
         self._waiting: list[Request] = []
         self._num_dead = 0  # of the waiting: they are taken out when they come up, or are the majority
-        self._scheduled: dict[int, tuple[Request, Sequence]] = {}
+        self._scheduled: dict[int, tuple[Request, Sequence]] = {}  # in the step that was made and not ended; those alive
+        self._following: dict[int, tuple[Request, Sequence]] = {}  # likewise in the step that follows it
         self._finished_indices: list[int] = []
         self._blocked: Request | None = None
         self._num_available_when_blocked = 0
@@ -299,6 +301,58 @@ class Scheduler:
         finished, self._finished_indices = tuple(self._finished_indices), []
         return Step(sequences=tuple(plan), copies=self.kv.take_copies(), finished_requests=finished)
 
+    def schedule_following(self, step: Step) -> Step | None:
+        """The step behind one that is running, made without knowing what that one chooses; None when that can't be.
+
+        It can when every running sequence is about to have a token of its own chosen, nobody waits who could be let in, and
+        there are blocks for one token more of each. A sequence that turns out to have ended is passed over when the step is
+        applied: what it wrote went to a block of its own, which nobody finds, and nobody reads before it is written again.
+        `apply` or `rollback` of the running step comes next.
+        """
+        assert not self._following
+        if len(self._scheduled) != len(self._running) or self._may_admit():
+            return None
+        plan: list[ScheduledSequence] = []
+        following: dict[int, tuple[Request, Sequence]] = {}
+        for entry in step.sequences:
+            owner = self._scheduled.get(entry.sequence_id)
+            if owner is None:
+                continue
+            request, sequence = owner
+            is_single = len(request.sequences) == 1 and (request.has_forked or request.source.params.num_sequences == 1)
+            if not (is_single and len(entry.samples) == 1 and request.beam is None):
+                return None
+            if len(sequence.output_token_ids) + 1 >= request.max_tokens:
+                continue  # The running step gives it its last.
+            start = entry.num_computed_tokens + len(entry.token_ids)
+            if not self.kv.reserve(sequence.id, start, start + 1):
+                return None
+            if not sequence.following_specs:
+                sequence.following_specs = (replace(entry.samples[0], num_unknown=1),)
+            following[sequence.id] = owner
+            plan.append(
+                ScheduledSequence(
+                    sequence_id=sequence.id,
+                    token_ids=(UNKNOWN_TOKEN,),
+                    num_computed_tokens=start,
+                    block_table=tuple(self.kv.tables[sequence.id].blocks),
+                    samples=sequence.following_specs,
+                )
+            )
+        if not plan:
+            return None
+        self._following = following
+        finished, self._finished_indices = tuple(self._finished_indices), []
+        return Step(sequences=tuple(plan), copies=self.kv.take_copies(), finished_requests=finished, follows=True)
+
+    def _may_admit(self) -> bool:
+        """Whether the next `schedule` may let somebody in."""
+        if not self._waiting:
+            return False
+        request = self._waiting[0]
+        is_blocked = request is self._blocked and self.kv.pool.num_available <= self._num_available_when_blocked
+        return not self.is_alive(request) or (self._has_seats(request) and not is_blocked)
+
     def _schedule_one_decode(self, request: Request, plan: list[ScheduledSequence]) -> bool:
         """The short way for nearly all requests of a step: a single sequence whose turn changes nothing but its last block."""
         sequence, start = request.sequences[0], request.sequences[0].num_computed_tokens
@@ -485,7 +539,10 @@ class Scheduler:
         for place, (entry, samples, scores) in enumerate(
             zip(step.sequences, output.samples, output.prompt_logprobs, strict=True)
         ):
-            request, sequence = self._scheduled.pop(entry.sequence_id)
+            owner = self._scheduled.pop(entry.sequence_id, None)
+            if owner is None:
+                continue  # It ended while this step, which follows another, was on its way.
+            request, sequence = owner
             sequence.num_computed_tokens += len(entry.token_ids)
             if request.wants_prompt_scores:
                 self._add_prompt_logprobs(request, entry, scores or [], updates)
@@ -504,12 +561,18 @@ class Scheduler:
                 self._append(request, sequence, samples[0], updates)
         for request, candidates in beams.values():
             self._advance_beams(request, candidates, updates)
+        self._scheduled, self._following = self._following, {}
+        for _, sequence in self._scheduled.values():
+            # Only now it is known what will be in a block that the step on its way fills.
+            if (sequence.num_computed_tokens + 1) % self.kv.block_size == 0:
+                self.kv.publish(sequence.id, sequence.token_ids, sequence.num_computed_tokens + 1)
         return list(updates.values())
 
     def rollback(self) -> list[Request]:
         """The step failed: nothing of it counts, and its requests wait again. Returns them, in order."""
         requests = {request.arrival_index: request for request, _ in self._scheduled.values()}
         self._scheduled.clear()
+        self._following.clear()
         incomplete = set(self.kv.rollback())
         for request in list(self._running):
             if request.arrival_index in requests or any(s.id in incomplete for s in request.sequences):
@@ -531,6 +594,7 @@ class Scheduler:
         """Forgets all blocks, in whatever state an interrupt left them: every request waits, and is computed anew."""
         self.kv = KVManager(self.kv.pool.num_blocks, self.kv.block_size)
         self._scheduled.clear()
+        self._following.clear()
         self._running.clear()
         self._num_seats_taken = 0
         for request in self._requests.values():
@@ -690,6 +754,8 @@ class Scheduler:
         if sequence.id in self.kv.tables:
             self.kv.close(sequence.id)
         sequence.num_computed_tokens = 0
+        self._scheduled.pop(sequence.id, None)
+        self._following.pop(sequence.id, None)
 
     def _most_blocks(self, num_prompt_tokens: int, max_tokens: int, num_sequences: int) -> int:
         """Blocks that a request may hold at the end: full prompt blocks are shared, the rest is each sequence's own.

@@ -26,6 +26,7 @@ class Sequence:
         logprobs: One entry per output token, when asked for; kept for beam search only: other sequences send theirs at once.
         score: Beam search's: the sum of log probabilities after processors.
         specs: What it asks of each step once it decodes: always the same, as the lists in it grow with the sequence.
+        following_specs: Likewise of steps that follow another, made when there is one.
     """
 
     id: int
@@ -37,6 +38,7 @@ class Sequence:
     logprobs: list[Logprobs] = field(default_factory=list)
     score: float = 0.0
     specs: tuple[SampleSpec, ...] = ()
+    following_specs: tuple[SampleSpec, ...] = ()
 
     @property
     def num_remaining_tokens(self) -> int:

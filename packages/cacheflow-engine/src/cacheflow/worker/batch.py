@@ -1,11 +1,11 @@
-"""`Step` → `ModelInput`: lays a step's tokens out in one row. Pure: numbers in, tensors out, nothing kept.
+"""`Step` → `HostInput` → `ModelInput`: lays a step's tokens out in one row, then takes it to the device in one copy.
 
-It knows neither model nor cache layout.
+Pure: numbers in, tensors out, nothing kept. It knows neither model nor cache layout.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from cacheflow.interfaces import AttentionMetadata
+from cacheflow.sampling.transfer import all_to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,14 +41,56 @@ class ScoredRows:
 
 
 @dataclass(frozen=True)
-class ModelInput:
-    """A step as the model, the attention backend and the sampler take it. Rows: one per scheduled token, decodes first.
+class HostInput:
+    """A step laid out on the host. Rows: one per scheduled token, decodes first.
 
     Attributes:
         input_ids: `[num_tokens] int64`.
         positions: `[num_tokens] int64`: places in the sequences.
-        attention: For the attention backend.
+        query_start_loc: `[num_seqs + 1] int32`: as `AttentionMetadata` has it, and so are the next three.
+        seq_lens: `[num_seqs] int32`.
+        block_tables: `[num_seqs, max_num_blocks] int32`.
+        slot_mapping: `[num_tokens] int64`.
+        num_decodes: How many of the first sequences have exactly one query token.
+        chosen_rows: `[num_tokens] int64`: which of the step before's choices is each input token; empty where tokens are known.
         logits_rows: `[num_sampled] int64`: the last rows of the sequences that choose tokens.
+        specs: All choices to make.
+        row_of_spec: For each, its place in `logits_rows`.
+        spec_owner: For each, its sequence's place in the step.
+        scored: What prompt log probabilities are wanted of.
+        pooled: Sequences whose hidden states are wanted: place in the step, first row, row behind the last.
+    """
+
+    input_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    query_start_loc: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+    num_decodes: int
+    chosen_rows: NDArray[np.int64]
+    logits_rows: NDArray[np.int64]
+    specs: tuple[SampleSpec, ...]
+    row_of_spec: tuple[int, ...]
+    spec_owner: tuple[int, ...]
+    scored: tuple[ScoredRows, ...]
+    pooled: tuple[tuple[int, int, int], ...]
+
+    @property
+    def is_all_decodes(self) -> bool:
+        """Whether every sequence has one token."""
+        return self.num_decodes == len(self.seq_lens)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A step as the model, the attention backend and the sampler take it: a `HostInput` whose arrays are on the device.
+
+    Attributes:
+        input_ids: `[num_tokens] int64`.
+        positions: `[num_tokens] int64`.
+        attention: For the attention backend.
+        logits_rows: `[num_sampled] int64`.
         specs: All choices to make.
         row_of_spec: For each, its place in `logits_rows`.
         spec_owner: For each, its sequence's place in the step.
@@ -67,12 +110,23 @@ class ModelInput:
 
 
 def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput:
-    """Lays out a step with at least one sequence.
+    """Lays out a step with at least one sequence, on the device.
 
     Args:
         step: Its sequences come in any order.
         block_size: Tokens of a block.
         device: Where the tensors are wanted.
+    """
+    return upload(lay_out(step, block_size), device)
+
+
+def lay_out(step: Step, block_size: int, chosen_rows: Mapping[int, int] | None = None) -> HostInput:
+    """Lays out a step with at least one sequence, on the host.
+
+    Args:
+        step: Its sequences come in any order.
+        block_size: Tokens of a block.
+        chosen_rows: Where the step before chose a token for each sequence, by its id; wanted of a step that follows it.
     """
     query_lens = np.fromiter((len(s.token_ids) for s in step.sequences), np.int64, len(step.sequences))
     # Sequences of one query token come first, each kind in the step's order.
@@ -88,7 +142,7 @@ def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput
     owner = np.repeat(np.arange(len(sequences)), query_lens)
     positions = np.arange(num_tokens) + (num_computed - query_start_loc[:-1])[owner]
     block_tables = _block_tables([s.block_table for s in sequences], -(-seq_lens // block_size))
-    slot_mapping = block_tables[owner, positions // block_size] * block_size + positions % block_size
+    slot_mapping = block_tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
     sampled = [i for i, s in enumerate(sequences) if s.samples]
     specs, row_of_spec, spec_owner = [], [], []
@@ -108,22 +162,17 @@ def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput
         if s.pooling is not None
     )
 
-    def tensor(values: NDArray[np.int64], dtype: type[np.integer] = np.int64) -> torch.Tensor:
-        return torch.from_numpy(values.astype(dtype, copy=False)).to(device)
-
-    return ModelInput(
-        input_ids=tensor(input_ids),
-        positions=tensor(positions),
-        attention=AttentionMetadata(
-            query_start_loc=tensor(query_start_loc, np.int32),
-            seq_lens=tensor(seq_lens, np.int32),
-            block_tables=tensor(block_tables, np.int32),
-            slot_mapping=tensor(slot_mapping),
-            num_decodes=int((query_lens == 1).sum()),
-            max_query_len=int(query_lens.max()),
-            max_seq_len=int(seq_lens.max()),
-        ),
-        logits_rows=tensor(query_start_loc[1:][sampled] - 1),
+    rows = chosen_rows or {}
+    return HostInput(
+        input_ids=input_ids,
+        positions=positions,
+        query_start_loc=query_start_loc.astype(np.int32),
+        seq_lens=seq_lens.astype(np.int32),
+        block_tables=block_tables,
+        slot_mapping=slot_mapping,
+        num_decodes=int((query_lens == 1).sum()),
+        chosen_rows=np.array([rows[s.sequence_id] for s in sequences] if step.follows else [], np.int64),
+        logits_rows=query_start_loc[1:][sampled] - 1,
         specs=tuple(specs),
         row_of_spec=tuple(row_of_spec),
         spec_owner=tuple(spec_owner),
@@ -132,9 +181,86 @@ def build_input(step: Step, block_size: int, device: torch.device) -> ModelInput
     )
 
 
-def _block_tables(tables: list[Sequence[int]], num_blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+def pad_decodes(batch: HostInput, num_rows: int, num_blocks: int, spare_slot: int, block_size: int) -> HostInput:
+    """A step of decodes widened to `num_rows` sequences and tables of `num_blocks`; what is chosen stays the same.
+
+    Padding rows are sequences of one token in blocks that no request can have, a slot for each, so that they change nothing.
+
+    Args:
+        batch: All decodes.
+        num_rows: At least as many as it has.
+        num_blocks: At least the width of its tables.
+        spare_slot: The first slot that no request can have, of a block's first; `num_rows - 1` follow it.
+        block_size: Tokens of a block.
+    """
+    assert batch.is_all_decodes
+    count, width = batch.block_tables.shape
+    num_more = num_rows - count
+    slots = spare_slot + np.arange(num_more)
+    block_tables = np.full((num_rows, num_blocks), -1, np.int32)
+    block_tables[:count, :width] = batch.block_tables
+    block_tables[count:, 0] = slots // block_size
+    return replace(
+        batch,
+        input_ids=np.concatenate((batch.input_ids, np.zeros(num_more, np.int64))),
+        positions=np.concatenate((batch.positions, np.zeros(num_more, np.int64))),
+        query_start_loc=np.arange(num_rows + 1, dtype=np.int32),
+        seq_lens=np.concatenate((batch.seq_lens, np.ones(num_more, np.int32))),
+        block_tables=block_tables,
+        slot_mapping=np.concatenate((batch.slot_mapping, slots)),
+        num_decodes=num_rows,
+        chosen_rows=np.concatenate((batch.chosen_rows, np.zeros(num_more if len(batch.chosen_rows) else 0, np.int64))),
+    )
+
+
+def upload(batch: HostInput, device: torch.device, chosen: torch.Tensor | None = None) -> ModelInput:
+    """The batch on the device, in one copy.
+
+    Args:
+        batch: It.
+        device: Where it is wanted.
+        chosen: `[num_choices] int64` on the device: the tokens that the step before chose; read where `chosen_rows` says so.
+    """
+    input_ids, positions, slot_mapping, chosen_rows, logits_rows, query_start_loc, seq_lens, block_tables = all_to_device(
+        (
+            batch.input_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.chosen_rows,
+            batch.logits_rows,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_tables,
+        ),
+        device,
+    )
+    if len(batch.chosen_rows):
+        assert chosen is not None
+        input_ids = chosen.index_select(0, chosen_rows)
+    return ModelInput(
+        input_ids=input_ids,
+        positions=positions,
+        attention=AttentionMetadata(
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            num_decodes=batch.num_decodes,
+            max_query_len=int(np.diff(batch.query_start_loc).max()),
+            max_seq_len=int(batch.seq_lens.max()),
+        ),
+        logits_rows=logits_rows,
+        specs=batch.specs,
+        row_of_spec=batch.row_of_spec,
+        spec_owner=batch.spec_owner,
+        scored=batch.scored,
+        pooled=batch.pooled,
+    )
+
+
+def _block_tables(tables: list[Sequence[int]], num_blocks: NDArray[np.int64]) -> NDArray[np.int32]:
     """`[num_seqs, most blocks]`: of each table the blocks that its tokens need, then -1."""
-    filled = np.full((len(tables), int(num_blocks.max())), -1, np.int64)
+    filled = np.full((len(tables), int(num_blocks.max())), -1, np.int32)
     used = chain.from_iterable(table[:count] for table, count in zip(tables, num_blocks.tolist(), strict=True))
-    filled[np.arange(filled.shape[1]) < num_blocks[:, None]] = np.fromiter(used, np.int64, int(num_blocks.sum()))
+    filled[np.arange(filled.shape[1]) < num_blocks[:, None]] = np.fromiter(used, np.int32, int(num_blocks.sum()))
     return filled

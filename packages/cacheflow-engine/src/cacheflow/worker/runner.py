@@ -1,6 +1,7 @@
 """`Runner`: owns a rank's weights and KV tensors and runs steps on them.
 
-It knows no requests, queues or policies: a step says everything. Where it runs, and how results travel, is the executor's.
+On a GPU a step is launched, and its result waited for later; a step of decodes is one CUDA graph. It knows no requests, queues
+or policies: a step says everything. Where it runs, and how results travel, is the executor's.
 """
 
 from __future__ import annotations
@@ -15,29 +16,42 @@ import numpy as np
 import torch
 
 from cacheflow.errors import ConfigError, EngineDeadError, NotEnoughMemoryError
-from cacheflow.interfaces import Capacity, KVCacheSpec, OpSpec, StepOutput
+from cacheflow.interfaces import Capacity, KVCacheSpec, OpSpec, SampleSpec, StepOutput
 from cacheflow.kvcache.plan import available_memory_bytes, bytes_per_block, cpu_budget_bytes, num_usable_cpus, plan_blocks
 from cacheflow.loading.dtype import choose_dtype
 from cacheflow.loading.model import load_model
 from cacheflow.loading.resolve import resolve_model, tokenizer_data
 from cacheflow.plugins import select_plugin
 from cacheflow.profile import Spans, TimedOps, no_span
+from cacheflow.sampling import device_sampler
 from cacheflow.sampling.logprobs import score_tokens
 from cacheflow.sampling.sampler import Sampler
-from cacheflow.types import ModelInfo
+from cacheflow.types import ModelInfo, SamplingParams
 from cacheflow.worker.allocator import keep_freed_memory
-from cacheflow.worker.batch import build_input
+from cacheflow.worker.batch import lay_out, upload
+from cacheflow.worker.graphs import DecodeGraphs, capture_cuda_graphs, num_spare_slots
 from cacheflow.worker.processor_context import TokenizerContext
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cacheflow.config import EngineConfig
     from cacheflow.interfaces import Architecture, AttentionBackend, ModelSpec, Sample, Step
     from cacheflow.types import Logprobs
     from cacheflow.worker.batch import ModelInput
+    from cacheflow.worker.graphs import Capture
 
 logger = logging.getLogger(__name__)
+
+_DEAREST_CHOICE = SampleSpec(
+    sequence_id=-1,
+    request_index=-1,
+    index=0,
+    params=SamplingParams(top_p=0.9, presence_penalty=0.1, seed=0),
+    prompt_token_ids=[0],
+    output_token_ids=[0],
+)
+"""What takes most memory to choose: sorted, and from changed logits."""
 
 
 class Runner:
@@ -45,6 +59,7 @@ class Runner:
 
     Args:
         config: The engine's options.
+        capture: How a step of decodes is recorded, to be repeated; None: as a CUDA graph where that can be, else not at all.
 
     Attributes:
         capacity: What it offers.
@@ -53,7 +68,7 @@ class Runner:
         CacheflowError: The model can't be found or loaded, an option doesn't hold, or the KV cache finds no room.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, capture: Capture | None = None) -> None:
         device = choose_device(config.device)
         if config.num_threads or "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(config.num_threads or num_usable_cpus())
@@ -87,9 +102,30 @@ class Runner:
         self._attend = attention if self._spans is None else self._spans.timed("forward: attention", attention)
         context = TokenizerContext(tokenizer, loaded.spec.vocab_size)
         self._sampler = Sampler(context, getattr(provider, "row_maxima", None), getattr(provider, "draw_rows", None))
+        self._runs_ahead = config.run_ahead == "always" or (config.run_ahead == "auto" and device.type == "cuda")
+        self._chooses_on_device = self._runs_ahead or device.type == "cuda"
+        self._chosen: tuple[torch.Tensor, tuple[SampleSpec, ...]] | None = None
+        if capture is None and device.type == "cuda" and not config.enforce_eager:
+            capture = capture_cuda_graphs() if getattr(self._backend, "can_be_captured", False) else None
+        # Of its own, for the padding of captured steps: no request is told of these blocks.
+        num_spare_blocks = 0 if capture is None else -(-num_spare_slots(config.max_num_seqs) // config.block_size)
         num_blocks = self._plan_blocks(config, max_model_len, dtype)
-        shape = self._backend.kv_shape(num_blocks)
+        shape = self._backend.kv_shape(num_blocks + num_spare_blocks)
         self._kv = [_zeros(shape, dtype, device) for _ in loaded.spec.attention]
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                self._model_forward,
+                self._backend,
+                capture,
+                max_num_seqs=config.max_num_seqs,
+                max_num_blocks=-(-max_model_len // config.block_size),
+                block_size=config.block_size,
+                spare_block=num_blocks,
+                hidden_size=loaded.spec.hidden_size,
+                dtype=dtype,
+                device=device,
+            )
         if device.type == "cpu":
             keep_freed_memory()
         info = ModelInfo(
@@ -104,9 +140,17 @@ class Runner:
         )
         self.capacity = Capacity(num_blocks=num_blocks, spec=loaded.spec, info=info)
 
-    @torch.inference_mode()
     def execute(self, step: Step) -> StepOutput:
-        """Copies blocks, computes the step's tokens, scores and samples."""
+        """Runs a step to its end."""
+        return self.launch(step).result()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Copies blocks, computes the step's tokens, scores and samples.
+
+        A GPU is told all that, and may not have begun when this returns; only prompt log probabilities, pooled states and the
+        candidates of beams are waited for.
+        """
         self._sampler.forget(step.finished_requests)
         if step.copies:
             with self._span("copy blocks"):
@@ -114,26 +158,46 @@ class Runner:
         samples: list[list[Sample]] = [[] for _ in step.sequences]
         prompt_logprobs: list[list[Logprobs] | None] = [None] * len(step.sequences)
         if not step.sequences:
-            return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs)
+            return Launched(StepOutput(samples=samples, prompt_logprobs=prompt_logprobs))
         with self._span("input"):
-            batch = build_input(step, self._block_size, self._device)
+            chosen, chosen_rows = None, None
+            if step.follows:
+                assert self._chosen is not None
+                chosen, specs = self._chosen
+                chosen_rows = {spec.sequence_id: row for row, spec in enumerate(specs)}
+            laid_out = lay_out(step, self._block_size, chosen_rows)
+            padded = self._graphs.pad(laid_out) if self._graphs is not None else None
+            batch = upload(padded or laid_out, self._device, chosen)
         with self._span("forward"):
-            hidden = self._forward(batch)
+            if padded is not None and self._graphs is not None:
+                hidden = self._graphs.run(batch)
+            else:
+                hidden = self._model_forward(batch.input_ids, batch.positions, self._backend.plan(batch.attention))
         for part in batch.scored:
             rows = hidden[part.start : part.start + len(part.token_ids)]
             prompt_logprobs[part.index] = score_tokens(
                 self._model.logits, rows, part.token_ids, self._spec.vocab_size, part.count
             )
+        choices: device_sampler.Choices | None = None
         if batch.specs:
             with self._span("logits"):
                 logits = self._model.logits(hidden[batch.logits_rows])
             with self._span("sample"):
-                chosen = self._sampler.sample(logits, batch.row_of_spec, batch.specs)
-                for owner, sample in zip(batch.spec_owner, chosen, strict=True):
-                    samples[owner].append(sample)
+                if self._chooses_on_device:
+                    choices = device_sampler.choose(self._sampler, logits, batch.row_of_spec, batch.specs)
+                    self._chosen = choices.token_ids, batch.specs
+                else:
+                    _give_out(self._sampler.sample(logits, batch.row_of_spec, batch.specs), batch, samples)
         pooled = {index: hidden[start:end].double().sum(dim=0).tolist() for index, start, end in batch.pooled}
         spans = () if self._spans is None else self._spans.take()
-        return StepOutput(samples=samples, prompt_logprobs=prompt_logprobs, pooled=pooled, spans=spans)
+        output = StepOutput(samples=samples, prompt_logprobs=prompt_logprobs, pooled=pooled, spans=spans)
+        return Launched(output, choices, batch)
+
+    def can_follow(self, step: Step) -> bool:
+        """Whether the step behind this one can be launched before its tokens are known: processors may have to see them."""
+        return self._runs_ahead and not any(
+            self._sampler.is_processed(spec) for part in step.sequences for spec in part.samples
+        )
 
     def check(self) -> None:
         """Raises `EngineDeadError` if the device does not answer any more: a fault of CUDA stays until the process ends."""
@@ -143,16 +207,15 @@ class Runner:
             except RuntimeError as error:
                 raise EngineDeadError(f"The GPU does not answer any more: {error}") from error
 
-    def _forward(self, batch: ModelInput) -> torch.Tensor:
+    def _model_forward(self, input_ids: torch.Tensor, positions: torch.Tensor, plan: Any) -> torch.Tensor:
         """Hidden states of all rows, `[num_tokens, hidden_size]`."""
-        plan = self._backend.plan(batch.attention)
-        layers, head_size, num_tokens = self._spec.attention, self._spec.head_size, len(batch.input_ids)
+        layers, head_size, num_tokens = self._spec.attention, self._spec.head_size, len(input_ids)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             q, k, v = q.view(num_tokens, -1, head_size), k.view(num_tokens, -1, head_size), v.view(num_tokens, -1, head_size)
             return self._attend(layers[layer], q, k, v, self._kv[layer], plan).view(num_tokens, -1)
 
-        return self._model.forward(self._model.embed(batch.input_ids), batch.positions, attend)
+        return self._model.forward(self._model.embed(input_ids), positions, attend)
 
     def _plan_blocks(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         if self._device.type == "cuda":
@@ -177,15 +240,50 @@ class Runner:
         tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
         try:
             hidden = self._model.forward(self._model.embed(tokens), tokens, lambda layer, q, k, v: q)
-            self._model.logits(hidden[: config.max_num_seqs]).float().logsumexp(dim=-1)
+            logits = self._model.logits(hidden[: config.max_num_seqs])
+            device_sampler.choose(self._sampler, logits, range(len(logits)), [_DEAREST_CHOICE] * len(logits))
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(
                 f"A step of {num_tokens} tokens finds no room beside the weights ({error}). Lower --max-num-batched-tokens."
             ) from error
+        self._sampler.forget((_DEAREST_CHOICE.request_index,))
         activations = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return max(0, int(free - (1 - config.gpu_memory_utilization) * total) - activations)
+
+
+class Launched:
+    """A step on its way.
+
+    Args:
+        output: All of it but what is still being chosen.
+        choices: That, or None.
+        batch: The step's, where there are choices.
+    """
+
+    def __init__(
+        self, output: StepOutput, choices: device_sampler.Choices | None = None, batch: ModelInput | None = None
+    ) -> None:
+        self._output, self._choices, self._batch = output, choices, batch
+
+    def result(self) -> StepOutput:
+        """Waits for the device, the only time in a step, and reads what it chose.
+
+        Raises:
+            InvalidRequestError: A request allows no token at all.
+            RequestFailedError: The model's logits are not numbers.
+        """
+        if self._choices is not None and self._batch is not None:
+            _give_out(self._choices.samples(), self._batch, self._output.samples)
+            self._choices = None
+        return self._output
+
+
+def _give_out(chosen: Sequence[Sample], batch: ModelInput, samples: list[list[Sample]]) -> None:
+    """Each sample to its sequence's place in the step."""
+    for owner, sample in zip(batch.spec_owner, chosen, strict=True):
+        samples[owner].append(sample)
 
 
 def choose_device(requested: str) -> torch.device:

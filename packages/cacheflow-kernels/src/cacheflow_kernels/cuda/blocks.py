@@ -68,7 +68,7 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
         for cache in caches:
             cache[pairs[:, 1]] = cache[pairs[:, 0]]
         return
-    on_device = pairs.to(first.device).contiguous()
+    on_device = pairs.to(first.device, non_blocking=True).contiguous()
     _copy_blocks(first, _addresses(caches), len(caches), on_device.data_ptr(), len(pairs), block_bytes)
 
 

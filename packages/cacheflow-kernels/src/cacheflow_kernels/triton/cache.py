@@ -122,9 +122,11 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
     stride_bytes = first.stride(0) * first.element_size()
     word = torch.int32 if block_bytes % 4 == 0 and stride_bytes % 4 == 0 else torch.int8
     words = block_bytes // word.itemsize
-    addresses = torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64).to(first.device)
+    addresses = torch.tensor(
+        [cache.data_ptr() for cache in caches], dtype=torch.int64, pin_memory=first.device.type == "cuda"
+    ).to(first.device, non_blocking=True)
     staging = torch.empty(len(caches) * num_pairs * words, dtype=word, device=first.device)
-    on_device = pairs.to(first.device).contiguous()
+    on_device = pairs.to(first.device, non_blocking=True).contiguous()
     grid = (triton.cdiv(words, _WORDS_PER_PROGRAM), num_pairs, len(caches))
     for is_write in (False, True):
         _move_blocks[grid](
