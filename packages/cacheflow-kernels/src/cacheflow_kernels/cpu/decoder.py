@@ -1,8 +1,7 @@
-"""Calls of decoder.cpp: a Llama-shaped decoder in one call, or, where attention is not of this package, in one between two
-attention calls.
+"""Calls of decoder.cpp: a Llama-shaped decoder in one call.
 
-It knows packed products by what `linear` made of them and a step's attention by its `Plan`; it does not know where weights come
-from.
+Where attention is not of this package it is one call between two attention calls. It knows packed products by what `linear`
+made of them, and a step's attention by its `Plan`; it does not know where weights come from.
 """
 
 from __future__ import annotations
