@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cacheflow.interfaces import OpSpec
+from cacheflow.interfaces import AttentionMetadata, KVCacheSpec, OpSpec
 from cacheflow.layers import BuildContext
+from cacheflow.layers.decoder import StepAttention
 from cacheflow.layers.quantization import LinearForms
 from cacheflow.models.llama import Llama
 from cacheflow.profile import Spans, TimedOps
+from cacheflow_kernels.attention import CpuAttention
 from cacheflow_kernels.cpu import library
 from cacheflow_kernels.providers import CpuOps
 
@@ -79,3 +81,55 @@ def test_quantised_products_are_fused_to_the_same_bits(form: str) -> None:
     fused, _ = forward(torch.bfloat16, 5, is_fused=True, settings={}, form=form)
     single, _ = forward(torch.bfloat16, 5, is_fused=False, settings={}, form=form)
     assert torch.equal(fused, single)
+
+
+@pytest.mark.parametrize("query_lens", [(1,), (1, 1, 5), (300, 1, 9)], ids=["one", "mixed", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_that_attends_by_itself_gives_the_same_bits_and_cache(
+    dtype: torch.dtype, query_lens: tuple[int, ...]
+) -> None:
+    provider = CpuOps(OpSpec(dtype=dtype, device=CPU))
+    settings = {**Llama.TINY, **SIZES, "max_position_embeddings": 512}
+    context, spec = BuildContext(provider, dtype, CPU), Llama.spec(settings)
+    model = Llama(settings, context)
+    random = torch.Generator().manual_seed(0)
+    for name, shape in context.shapes.items():
+        context.load(name, torch.randn(shape, generator=random) * 0.1 + (1 if "norm" in name else 0))
+    context.finish()
+    block_size = 16
+    backend = CpuAttention(
+        KVCacheSpec(
+            attention=spec.attention,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            block_size=block_size,
+            dtype=dtype,
+            device=CPU,
+        )
+    )
+    starts, before = [0], [3 + i for i in range(len(query_lens))]
+    for query_len in query_lens:
+        starts.append(starts[-1] + query_len)
+    positions = torch.cat([torch.arange(b, b + n) for b, n in zip(before, query_lens, strict=True)])
+    tables = torch.randperm(20 * len(query_lens), generator=random).view(len(query_lens), 20)
+    owners = torch.repeat_interleave(torch.arange(len(query_lens)), torch.tensor(query_lens))
+    metadata = AttentionMetadata(
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor([b + n for b, n in zip(before, query_lens, strict=True)], dtype=torch.int32),
+        block_tables=tables.int(),
+        slot_mapping=tables[owners, positions // block_size] * block_size + positions % block_size,
+        num_decodes=query_lens.count(1),
+        max_query_len=max(query_lens),
+        max_seq_len=max(b + n for b, n in zip(before, query_lens, strict=True)),
+    )
+    first = [torch.randn(backend.kv_shape(tables.numel()), generator=random).to(dtype) for _ in spec.attention]
+    second = [cache.clone() for cache in first]
+    plan = backend.plan(metadata)
+    whole = StepAttention(backend.forward, spec.attention, first, plan, spec.head_size)
+    in_parts = StepAttention(backend.forward, spec.attention, second, plan, spec.head_size)
+    hidden = model.embed(torch.randint(0, 99, (starts[-1],), generator=random))
+    attending = model.forward(hidden.clone(), positions, whole)
+    asking = model.forward(hidden.clone(), positions, lambda layer, q, k, v: in_parts(layer, q, k, v))
+    assert torch.equal(attending, asking)
+    assert all(torch.equal(mine, other) for mine, other in zip(first, second, strict=True))

@@ -187,15 +187,6 @@ class CudaAttention:
             cuda_blocks.swap_all(source, destination, torch.tensor(pairs, dtype=torch.int64))
 
 
-@dataclass(frozen=True)
-class CpuPlan:
-    """A step's batch as the C++ kernels read it, with the tensors whose memory it borrows."""
-
-    batch: cpu_attention.Batch
-    tensors: tuple[Tensor, Tensor, Tensor]
-    slot_mapping: Tensor
-
-
 class CpuAttention:
     """The C++ kernels. A cache tensor is `[num_blocks, 2 (key, value), num_kv_heads, block_size, head_size]`."""
 
@@ -225,19 +216,19 @@ class CpuAttention:
         """A head's keys in a block lie one after the other, as do its values: decodes read whole pages."""
         return (num_blocks, 2, self._spec.num_kv_heads, self._spec.block_size, self._spec.head_size)
 
-    def plan(self, metadata: Any, into: Any = None) -> CpuPlan:
+    def plan(self, metadata: Any, into: Any = None) -> cpu_attention.Plan:
         """Nothing but addresses: the kernel divides the work itself. There are no graphs to refill `into` for."""
         tensors = (
             metadata.query_start_loc.contiguous(),
             metadata.seq_lens.contiguous(),
             metadata.block_tables.contiguous(),
         )
-        return CpuPlan(cpu_attention.Batch.of(*tensors), tensors, metadata.slot_mapping.contiguous())
+        batch = cpu_attention.Batch.of(*tensors)
+        return cpu_attention.Plan(batch, tensors, metadata.slot_mapping.contiguous(), self._layers)
 
-    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: CpuPlan) -> Tensor:
-        """Stores, then attends."""
-        particulars, address, block_stride = self._layers[layer.layer], kv.data_ptr(), kv.stride(0)
-        cache = cpu_attention.Cache(address, address + block_stride * kv.element_size() // 2, block_stride)
+    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: cpu_attention.Plan) -> Tensor:
+        """Stores, then attends. A decoder of this package does both by itself: see `cpu.decoder`."""
+        particulars, cache = self._layers[layer.layer], cpu_attention.cache_of(kv)
         cpu_attention.store(particulars, k, v, cache, plan.slot_mapping)
         return cpu_attention.attend(particulars, q, cache, plan.batch)
 

@@ -12,12 +12,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from cacheflow.interfaces import Attend, OpProvider
+    from cacheflow.interfaces import Attend, AttentionSpec, OpProvider
     from cacheflow.layers.modules import Linear, RMSNorm
     from cacheflow.layers.rotary import Rotary
 
 Run = Callable[["torch.Tensor", "torch.Tensor", "Attend"], "torch.Tensor"]
 """As `Architecture.forward`."""
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """The `Attend` of one step. A fused decoder that knows the backend's plan may attend by itself, given `plan` and `kv`.
+
+    Attributes:
+        forward: Of the attention backend.
+        layers: The particulars of each layer.
+        kv: The cache tensor of each layer.
+        plan: What the backend made of the step.
+    """
+
+    forward: Callable[..., torch.Tensor]
+    layers: Sequence[AttentionSpec]
+    kv: Sequence[torch.Tensor]
+    plan: Any
+    head_size: int
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """As `Attend`."""
+        q, k, v = (rows.view(len(rows), -1, self.head_size) for rows in (q, k, v))
+        return self.forward(self.layers[layer], q, k, v, self.kv[layer], self.plan).view(len(q), -1)
 
 
 @dataclass(frozen=True)

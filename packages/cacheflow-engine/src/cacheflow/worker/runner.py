@@ -18,6 +18,7 @@ import torch
 from cacheflow.errors import ConfigError, EngineDeadError, NotEnoughMemoryError
 from cacheflow.interfaces import Capacity, KVCacheSpec, OpSpec, SampleSpec, StepOutput
 from cacheflow.kvcache.plan import available_memory_bytes, bytes_per_block, cpu_budget_bytes, num_usable_cpus, plan_blocks
+from cacheflow.layers.decoder import StepAttention
 from cacheflow.loading.dtype import choose_dtype
 from cacheflow.loading.model import load_model
 from cacheflow.loading.resolve import resolve_model, tokenizer_data
@@ -209,12 +210,7 @@ class Runner:
 
     def _model_forward(self, input_ids: torch.Tensor, positions: torch.Tensor, plan: Any) -> torch.Tensor:
         """Hidden states of all rows, `[num_tokens, hidden_size]`."""
-        layers, head_size, num_tokens = self._spec.attention, self._spec.head_size, len(input_ids)
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            q, k, v = q.view(num_tokens, -1, head_size), k.view(num_tokens, -1, head_size), v.view(num_tokens, -1, head_size)
-            return self._attend(layers[layer], q, k, v, self._kv[layer], plan).view(num_tokens, -1)
-
+        attend = StepAttention(self._attend, self._spec.attention, self._kv, plan, self._spec.head_size)
         return self._model.forward(self._model.embed(input_ids), positions, attend)
 
     def _plan_blocks(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:

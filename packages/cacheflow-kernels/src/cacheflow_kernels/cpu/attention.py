@@ -6,7 +6,7 @@ It owns the C structures and the pointers in them; it knows neither the registry
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -67,6 +67,22 @@ class Layer(ctypes.Structure):
         """For `sizes` (heads, kv heads, head size, block size) and contiguous slopes `[num_heads] float32`."""
         slopes = None if alibi_slopes is None else alibi_slopes.data_ptr()
         return cls(slopes, *sizes, window or 0, scale, soft_cap or 0.0, DTYPES[dtype])
+
+
+class Plan(NamedTuple):
+    """What the layers of one step share: its batch as the kernels read it, and the tensors whose memory that borrows.
+
+    Attributes:
+        batch: The batch.
+        tensors: Starts, lengths and block tables.
+        slot_mapping: Where new keys and values go, contiguous.
+        layers: Each layer by its number.
+    """
+
+    batch: Batch
+    tensors: tuple[Tensor, Tensor, Tensor]
+    slot_mapping: Tensor
+    layers: Mapping[int, Layer]
 
 
 class Cache(NamedTuple):
@@ -168,6 +184,12 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     _, num_kv_heads, block_size, head_size = k_cache.shape
     layer = Layer.of((num_kv_heads, num_kv_heads, head_size, block_size), k_cache.dtype, 1.0, None, None, None)
     store(layer, k.to(k_cache.dtype), v.to(k_cache.dtype), cache, slot_mapping.contiguous())
+
+
+def cache_of(kv: Tensor) -> Cache:
+    """Of a layer's `[num_blocks, 2 (key, value), num_kv_heads, block_size, head_size]`."""
+    address, block_stride = kv.data_ptr(), kv.stride(0)
+    return Cache(address, address + block_stride * kv.element_size() // 2, block_stride)
 
 
 def _cache_of(k_cache: Tensor, v_cache: Tensor) -> Cache:

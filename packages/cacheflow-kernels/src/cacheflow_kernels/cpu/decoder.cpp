@@ -1,7 +1,9 @@
-// What a decoder layer does between two attention calls, in one call from Python: the products, norms and the rotary embedding
-// of the kernels beside it, one after the other. A step of one stream spends a fifth of its time in calls otherwise.
+// A decoder's layers in one call from Python, or what lies between two attention calls: the products, norms, rotary embedding
+// and attention of the kernels beside it, one after the other. A step of one stream spends a fifth of its time in calls
+// otherwise.
 #include <cstdint>
 
+#include "kv_cache.h"
 #include "linear.h"
 
 extern "C" {
@@ -14,6 +16,12 @@ void cf_fused_add_rms_norm(
 void cf_rotary(
     void* q, int64_t q_stride, int64_t q_heads, void* k, int64_t k_stride, int64_t k_heads, const int64_t* positions,
     const float* cos_sin, int64_t num_tokens, int64_t head_size, int64_t rotary_size, int32_t is_neox, int32_t dtype);
+void cf_store_kv(
+    const Layer* layer, const char* k, int64_t k_stride, const char* v, int64_t v_stride, char* k_cache, char* v_cache,
+    int64_t block_stride, const int64_t* slots, int64_t num_tokens);
+void cf_paged_attention(
+    const Batch* batch, const Layer* layer, const void* q, int64_t q_stride, const void* k_cache, const void* v_cache,
+    int64_t block_stride, void* out);
 }
 
 // Rows that a thread takes from one attention call to the next: few enough that what lies between the products stays in its
@@ -39,6 +47,16 @@ struct DecoderStep {
     char *x, *residual, *qkv, *inner;
     const int64_t* positions;
     int64_t rows, num_threads;
+};
+
+// What attention of a whole step wants besides: the batch, and for each layer its particulars and where its keys and values lie.
+struct DecoderAttention {
+    const Batch* batch;
+    const int64_t* slots;  // [rows]
+    const Layer* const* layers;
+    char *const *keys, *const *values;
+    int64_t block_stride;  // elements
+    char* out;             // [rows, q], contiguous
 };
 
 namespace {
@@ -92,4 +110,24 @@ extern "C" void cf_decoder(
             row(s.inner, any.down->in_features), s.positions + first, rows, 1};
         run(d, part, done, done ? (const char*)attended + first * stride * element : nullptr, stride, next);
     }
+}
+
+// All of a step: as many layers as `layers` has, and the norm behind them.
+extern "C" void cf_whole_decoder(
+    const Decoder* decoder, const DecoderStep* step, const DecoderLayer* layers, int64_t num_layers,
+    const DecoderAttention* attention) {
+    const Decoder& d = *decoder;
+    const DecoderStep& s = *step;
+    const DecoderAttention& a = *attention;
+    const int64_t q_size = d.num_heads * d.head_size, k_size = d.num_kv_heads * d.head_size, row = q_size + 2 * k_size;
+    const int64_t element = d.dtype ? 2 : 4;
+    const DecoderLayer* done = nullptr;
+    for (int64_t i = 0; i < num_layers; i++) {
+        cf_decoder(decoder, step, done, a.out, q_size, layers + i);
+        const char *k = s.qkv + q_size * element, *v = k + k_size * element;
+        cf_store_kv(a.layers[i], k, row, v, row, a.keys[i], a.values[i], a.block_stride, a.slots, s.rows);
+        cf_paged_attention(a.batch, a.layers[i], s.qkv, row, a.keys[i], a.values[i], a.block_stride, a.out);
+        done = layers + i;
+    }
+    cf_decoder(decoder, step, done, a.out, q_size, nullptr);
 }

@@ -1,6 +1,7 @@
-"""Calls of decoder.cpp: a Llama-shaped decoder with one call between two attention calls.
+"""Calls of decoder.cpp: a Llama-shaped decoder in one call.
 
-It knows packed products by what `linear` made of them; it knows neither the KV cache nor where weights come from.
+Where attention is not of this package it is one call between two attention calls. It knows packed products by what `linear`
+made of them, and a step's attention by its `Plan`; it does not know where weights come from.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cacheflow_kernels.cpu import library, rows
-from cacheflow_kernels.cpu.attention import DTYPES, INTEGER, POINTER
+from cacheflow_kernels.cpu.attention import DTYPES, INTEGER, POINTER, Plan, cache_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -47,6 +48,16 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Attention(ctypes.Structure):
+    """`DecoderAttention` of decoder.cpp."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("batch", "slots", "layers", "keys", "values")),
+        ("block_stride", INTEGER),
+        ("out", POINTER),
+    )
+
+
 def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Callable[[Tensor, Tensor, Attend], Tensor] | None:
     """The function that runs `layers`, whose products are of `linear`; None where one of them is not.
 
@@ -66,6 +77,9 @@ def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Cal
     call = loaded.cf_decoder
     call.argtypes = (POINTER, POINTER, POINTER, POINTER, INTEGER, POINTER)
     call.restype = None
+    call_whole = loaded.cf_whole_decoder
+    call_whole.argtypes = (POINTER, POINTER, POINTER, INTEGER, POINTER)
+    call_whole.restype = None
 
     norms = [(layer.attention_norm.contiguous(), layer.mlp_norm.contiguous()) for layer in layers]
     packed = (_Layer * len(layers))(
@@ -94,6 +108,14 @@ def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Cal
     addresses = [ctypes.addressof(layer) for layer in packed]
     whole = ctypes.addressof(description)
 
+    def whole_attention(plan: Plan, kv: Sequence[Tensor], out: Tensor) -> tuple[_Attention, tuple[Any, ...]]:
+        caches, addressed = [cache_of(kv[number]) for number in numbers], POINTER * len(numbers)
+        particulars = addressed(*(ctypes.addressof(plan.layers[number]) for number in numbers))
+        keys, values = addressed(*(cache.k for cache in caches)), addressed(*(cache.v for cache in caches))
+        addresses = (ctypes.addressof(structure) for structure in (particulars, keys, values))
+        pointers = (ctypes.addressof(plan.batch), plan.slot_mapping.data_ptr(), *addresses)
+        return _Attention(*pointers, caches[0].block_stride, out.data_ptr()), (particulars, keys, values)
+
     def run(hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         hidden = hidden.contiguous()
         num_rows = hidden.shape[0]
@@ -102,6 +124,13 @@ def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Cal
         q, k, v = fused.split(sizes, dim=-1)
         pointers = (tensor.data_ptr() for tensor in (x, hidden, fused, inner, positions))
         step = _Step(*pointers, num_rows, torch.get_num_threads())
+        plan = getattr(attend, "plan", None)
+        if isinstance(plan, Plan):
+            out = hidden.new_empty((num_rows, sizes[0]))
+            attention, borrowed = whole_attention(plan, attend.kv, out)  # type: ignore[attr-defined]
+            call_whole(whole, ctypes.addressof(step), packed, len(numbers), ctypes.addressof(attention))
+            del borrowed
+            return x
         address, done, attended, stride = ctypes.addressof(step), None, None, 0
         for number, following in zip(numbers, addresses, strict=True):
             call(whole, address, done, attended, stride, following)

@@ -380,14 +380,25 @@ INLINE float power(float x) {
 // with each page and blocks lie anywhere. Only some requests can be under way, so they are spread evenly over the work: in
 // bursts they held it up (32/8 heads x 128 reached 0.72 of read bandwidth, not 0.80).
 struct Ahead {
-    const void* const* rows;
-    int64_t row_bytes, asked = 0;
+    const void* const* pieces;  // of one row each, or of CHUNK_KEYS
+    int64_t row_bytes, num_rows;
+    bool is_in_chunks;
+    int64_t asked = 0;
 
-    // Asks for `count` more rows, none from number `end` on.
+    // Asks for `count` more rows, none from number `end` on; in chunks `count` is a power of two.
     void ask(int64_t count, int64_t end) {
-        for (const int64_t last = std::min(asked + count, end); asked < last; asked++)
-            for (int64_t byte = 0; byte < row_bytes; byte += 64)
-                _mm_prefetch(static_cast<const char*>(rows[asked]) + byte, _MM_HINT_T1);
+        end = std::min(end, num_rows);
+        if (!is_in_chunks) {
+            for (const int64_t last = std::min(asked + count, end); asked < last; asked++) ask_bytes(pieces[asked], row_bytes);
+        } else if (asked < end) {
+            const char* piece = static_cast<const char*>(pieces[asked / CHUNK_KEYS]);
+            ask_bytes(piece + asked % CHUNK_KEYS * row_bytes, count * row_bytes);
+            asked += count;
+        }
+    }
+
+    static void ask_bytes(const void* from, int64_t count) {
+        for (int64_t byte = 0; byte < count; byte += 64) _mm_prefetch(static_cast<const char*>(from) + byte, _MM_HINT_T1);
     }
 };
 
@@ -419,7 +430,7 @@ INLINE float soften(
     const float reference = now == -INFINITY ? 0.0f : now;
     Floats total{};
     for (int64_t key = 0; key < num_keys; key += LANES) {
-        if (ahead) ahead->ask(1, num_keys);
+        if (ahead && key % (2 * LANES) == 0) ahead->ask(2, num_keys);
         const Floats p = power<T>(load_raw<Floats>(scores + key) - reference);
         if constexpr (PAIRS<T>)
             store_raw(reinterpret_cast<uint16_t*>(probabilities) + key, narrow(p, BFloat16{}));
@@ -451,7 +462,7 @@ INLINE void finish(
 // Where `count` tokens from position `begin` on lie for one head; those outside [begin, end) are zeros, as what the cache
 // holds there may be anything.
 template <class T>
-INLINE void locate(
+INLINE void locate_each(
     const Batch& batch, const Layer& layer, const Cache& cache, int64_t seq, int64_t kv_head, int64_t begin, int64_t end,
     int64_t count, const T** keys, const T** values) {
     const int32_t* table = batch.block_tables + seq * batch.table_stride;
@@ -495,11 +506,11 @@ void attend(
     }
     memset(tile.out, 0, rows * width * sizeof(float));
     const T *keys[2][KEYS], *values[2][KEYS];
-    locate(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, KEYS, keys[0], values[0]);
+    locate_each(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, KEYS, keys[0], values[0]);
     take_matrices();
     for (int64_t begin = item.key_begin, now = 0; begin < item.key_end; begin += KEYS, now ^= 1) {
         const int64_t next = now ^ 1;
-        locate(batch, layer, cache, item.seq, kv_head, begin + KEYS, item.key_end, KEYS, keys[next], values[next]);
+        locate_each(batch, layer, cache, item.seq, kv_head, begin + KEYS, item.key_end, KEYS, keys[next], values[next]);
         const int64_t num_keys = (std::min<int64_t>(KEYS, item.key_end - begin) + KEY_STEP - 1) / KEY_STEP * KEY_STEP;
         pack_keys(keys[now], keys[next], num_keys, head_size, num_words, tile.keys);
         pack_values(values[now], values[next], num_keys, head_size, width, tile.values);
@@ -567,33 +578,42 @@ static void paged_attention(
     {
         Rows<T> rows[2];
         auto locate_rows = [&](int64_t i, Rows<T>& found) {
-            const Item& item = work.items[i / layer.num_kv_heads];
-            locate(
-                batch, layer, cache, item.seq, i % layer.num_kv_heads, item.key_begin, item.key_end, SPLIT, found.keys,
-                found.values);
+            found.locate(batch, layer, cache, work.items[i / layer.num_kv_heads], i % layer.num_kv_heads);
         };
+        // While there is enough for all threads, one takes all heads of a decode: they lie in the same pages.
         const int64_t many = 4 * omp_get_num_threads();
+        int64_t own = 0, own_end = 0;
+        auto take = [&] {
+            if (own == own_end) {
+                const int64_t first = taken.load();
+                const bool is_far = first + many + layer.num_kv_heads <= num_items;
+                const int64_t count = is_far && is_decode(first) ? layer.num_kv_heads : 1;
+                own = taken.fetch_add(count);
+                own_end = own + count;
+            }
+            return own++;
+        };
         bool is_located = false;
-        for (int64_t i = taken++, next, now = 0; i < num_items; i = next) {
+        for (int64_t i = take(), next, now = 0; i < num_items; i = next) {
             const Item& item = work.items[i / layer.num_kv_heads];
             const int64_t kv_head = i % layer.num_kv_heads;
             float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
             if (!is_decode(i)) {
                 attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, kv_head, partial, static_cast<T*>(out));
-                next = taken++;
+                next = take();
                 is_located = false;
                 continue;
             }
             if (!is_located) locate_rows(i, rows[now]);
             // While there is enough for all threads, the next item is taken early, so that its keys can be asked for.
-            const bool is_early = taken + many < num_items;
-            if (is_early) next = taken++;
-            is_located = is_early && is_decode(next);
+            const bool is_early = own < own_end || taken + many < num_items;
+            if (is_early) next = take();
+            is_located = is_early && next < num_items && is_decode(next);
             if (is_located) locate_rows(next, rows[now ^ 1]);
             decode(
                 batch, layer, static_cast<const T*>(q), q_stride, item, kv_head, rows[now],
                 is_located ? &rows[now ^ 1] : nullptr, partial, static_cast<T*>(out));
-            if (!is_early) next = taken++;
+            if (!is_early) next = take();
             now ^= 1;
         }
         release_matrices();

@@ -61,6 +61,13 @@ constexpr int PACKED_WORDS = HAS_BF16_DOT ? 4 * 16 * 64 : 0;  // 4 right operand
 // whose keys alone were tried there, at 79 (106).
 constexpr int MIN_MATRIX_ROWS = 3;
 
+// How many of `rows` to ask for in each of `steps`: a power of two, as it must divide what lies at one address.
+INLINE int64_t rows_at_once(int64_t rows, int64_t steps) {
+    int64_t count = 1;
+    while (count * steps < rows) count *= 2;
+    return count;
+}
+
 // Whether the matrix unit pays, each 16 keys of an item lie one after the other, and they fill its tiles.
 template <class T>
 INLINE bool can_take_matrices(const Layer& layer, const Item& item, int64_t rows) {
@@ -68,8 +75,8 @@ INLINE bool can_take_matrices(const Layer& layer, const Item& item, int64_t rows
            layer.head_size % 32 == 0;
 }
 
-// score_keys for all keys on the matrix unit, 64 keys times 4 query rows at a time: the keys are the left operand, as they lie.
-// `turned` [num_words, 4] is memory for a right operand.
+// score_keys for all keys on the matrix unit, 64 keys times 4 query rows at a time: the keys, CHUNK_KEYS at each address, are
+// the left operand, as they lie. `turned` [num_words, 4] is memory for a right operand.
 template <class T>
 void score_matrices(
     const T* const* keys, int64_t num_keys, const uint32_t* queries, int64_t num_words, int64_t rows, int64_t head_size,
@@ -82,13 +89,14 @@ void score_matrices(
     Ints from;  // the first row's scores of 8 keys in two vectors of 4 keys times 4 rows
     for (int i = 0; i < LANES; i++) from[i] = i % 8 * 4;
     const int64_t stride = head_size * sizeof(T);
-    const int64_t steps = (rows + 3) / 4 * num_words / 16, asked_per_tile = (16 + steps - 1) / steps;
+    const int64_t steps = (rows + 3) / 4 * num_words / 16, asked_per_tile = rows_at_once(CHUNK_KEYS, steps);
     for (int64_t first = 0; first < rows; first += 4) {
         for (int64_t word = 0; word < num_words; word++)
             for (int64_t row = 0; row < 4; row++)
                 turned[4 * word + row] = first + row < rows ? queries[(first + row) * num_words + word] : 0;
         for (int64_t key = 0; key < num_keys; key += 64) {
             const int64_t count = std::min<int64_t>(4, (num_keys - key + 15) / 16);
+            const T* const* chunks = keys + key / CHUNK_KEYS;
             asm volatile("" : : : "memory");
             _tile_zero(0);
             _tile_zero(1);
@@ -96,21 +104,21 @@ void score_matrices(
             _tile_zero(3);
             for (int64_t word = 0; word < num_words; word += 16) {
                 _tile_loadd(7, turned + 4 * word, 16);
-                _tile_loadd(4, keys[key] + 2 * word, stride);
+                _tile_loadd(4, chunks[0] + 2 * word, stride);
                 _tile_dpbf16ps(0, 4, 7);
                 values.ask(asked_per_tile, num_keys);
                 if (count > 1) {
-                    _tile_loadd(5, keys[key + 16] + 2 * word, stride);
+                    _tile_loadd(5, chunks[1] + 2 * word, stride);
                     _tile_dpbf16ps(1, 5, 7);
                     values.ask(asked_per_tile, num_keys);
                 }
                 if (count > 2) {
-                    _tile_loadd(6, keys[key + 32] + 2 * word, stride);
+                    _tile_loadd(6, chunks[2] + 2 * word, stride);
                     _tile_dpbf16ps(2, 6, 7);
                     values.ask(asked_per_tile, num_keys);
                 }
                 if (count > 3) {
-                    _tile_loadd(4, keys[key + 48] + 2 * word, stride);
+                    _tile_loadd(4, chunks[3] + 2 * word, stride);
                     _tile_dpbf16ps(3, 4, 7);
                     values.ask(asked_per_tile, num_keys);
                 }
@@ -136,54 +144,69 @@ void score_matrices(
     }
 }
 
-// add_values for all keys on the matrix unit, 32 keys times 64 elements at a time; out [rows, width] in the same order of
-// columns. `packed` is memory for a right operand of 4 steps, so that one is filled while others are multiplied.
+// add_values for all keys on the matrix unit, 32 keys times 64 elements (IS_WIDE) or 32 at a time; out [rows, width] in the same
+// order of columns. `packed` is memory for a right operand of 4 steps, so that one is filled while others are multiplied.
+template <bool IS_WIDE, class T>
+INLINE void add_value_columns(
+    const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t column, int64_t head_size, uint32_t* packed,
+    float* out, int64_t width, Ahead* next_keys, int64_t asked_per_pair) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t key = 0; key < num_keys; key += 32) {
+        uint32_t* operand = packed + key / 32 % 4 * (16 * 64);
+        for (int64_t chunk = 0; chunk < 2; chunk++) {
+            const T* from = values[key / CHUNK_KEYS + chunk] + column;
+            uint32_t* to = operand + chunk * 8 * 64;
+#pragma GCC unroll 8
+            for (int pair = 0; pair < 8; pair++, from += 2 * head_size, to += 64) {
+                if (next_keys) next_keys->ask(asked_per_pair, num_keys);
+#pragma GCC unroll 2
+                for (int half = 0; half <= IS_WIDE; half++) {
+                    const auto even = load_raw<__m512i>(from + 32 * half), odd = load_raw<__m512i>(from + head_size + 32 * half);
+                    store_raw(to + 32 * half, _mm512_unpacklo_epi16(even, odd));
+                    store_raw(to + 32 * half + 16, _mm512_unpackhi_epi16(even, odd));
+                }
+            }
+        }
+        asm volatile("" : : : "memory");
+        _tile_loadd(4, probabilities + key / 2, 4 * SPLIT);
+        _tile_loadd(5, operand, 256);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, operand + 16, 256);
+        _tile_dpbf16ps(1, 4, 6);
+        if (IS_WIDE) {
+            _tile_loadd(5, operand + 32, 256);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(6, operand + 48, 256);
+            _tile_dpbf16ps(3, 4, 6);
+        }
+    }
+    _tile_stored(0, out + column, 4 * width);
+    _tile_stored(1, out + column + 16, 4 * width);
+    if (IS_WIDE) {
+        _tile_stored(2, out + column + 32, 4 * width);
+        _tile_stored(3, out + column + 48, 4 * width);
+    }
+}
+
 template <class T>
 void add_value_matrices(
     const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t rows, int64_t head_size, uint32_t* packed,
     float* out, int64_t width, Ahead* next_keys) {
-    const int64_t columns = (head_size + 63) / 64, asked_per_pair = (2 + columns - 1) / columns;
+    const int64_t asked_per_pair = rows_at_once(2, (head_size + 63) / 64);
     TileShapes shapes;  // 0 to 3: sums [rows, 16]; 4: probabilities of 32 keys; 5 and 6: values
     for (int tile : {0, 1, 2, 3, 4}) shapes.rows[tile] = rows;
     asm volatile("" : : "r"(&shapes) : "memory");
     _tile_loadconfig(&shapes);
     for (int64_t column = 0; column < head_size; column += 64) {
-        const bool is_wide = column + 32 < head_size;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t key = 0; key < num_keys; key += 32) {
-            uint32_t* operand = packed + key / 32 % 4 * (16 * 64);
-#pragma GCC unroll 4
-            for (int pair = 0; pair < 16; pair++) {
-                if (next_keys) next_keys->ask(asked_per_pair, num_keys);
-                for (int half = 0; half <= is_wide; half++) {
-                    const auto even = load_raw<__m512i>(values[key + 2 * pair] + column + 32 * half);
-                    const auto odd = load_raw<__m512i>(values[key + 2 * pair + 1] + column + 32 * half);
-                    store_raw(operand + pair * 64 + 32 * half, _mm512_unpacklo_epi16(even, odd));
-                    store_raw(operand + pair * 64 + 32 * half + 16, _mm512_unpackhi_epi16(even, odd));
-                }
-            }
-            asm volatile("" : : : "memory");
-            _tile_loadd(4, probabilities + key / 2, 4 * SPLIT);
-            _tile_loadd(5, operand, 256);
-            _tile_dpbf16ps(0, 4, 5);
-            _tile_loadd(6, operand + 16, 256);
-            _tile_dpbf16ps(1, 4, 6);
-            if (is_wide) {
-                _tile_loadd(5, operand + 32, 256);
-                _tile_dpbf16ps(2, 4, 5);
-                _tile_loadd(6, operand + 48, 256);
-                _tile_dpbf16ps(3, 4, 6);
-            }
-        }
-        _tile_stored(0, out + column, 4 * width);
-        _tile_stored(1, out + column + 16, 4 * width);
-        if (is_wide) {
-            _tile_stored(2, out + column + 32, 4 * width);
-            _tile_stored(3, out + column + 48, 4 * width);
-        }
+        if (column + 32 < head_size)
+            add_value_columns<true>(
+                values, num_keys, probabilities, column, head_size, packed, out, width, next_keys, asked_per_pair);
+        else
+            add_value_columns<false>(
+                values, num_keys, probabilities, column, head_size, packed, out, width, next_keys, asked_per_pair);
     }
     asm volatile("" : : : "memory");
 }
@@ -279,24 +302,64 @@ INLINE void order_columns(float* row, int64_t width) {
     }
 }
 
-// Where the keys and values of one item and KV head lie.
+// Where the keys and values of one item and KV head lie: each of them, or for the matrix unit each CHUNK_KEYS.
 template <class T>
 struct Rows {
     const T *keys[SPLIT], *values[SPLIT];
+    bool is_in_chunks;
+    int64_t num_keys;
+    alignas(64) T padded[2 * CHUNK_KEYS * MAX_HEAD_SIZE];
+
+    void locate(const Batch& batch, const Layer& layer, const Cache& cache, const Item& item, int64_t kv_head) {
+        num_keys = item.key_end - item.key_begin;
+        is_in_chunks = false;
+#if HAS_BF16_DOT
+        is_in_chunks = can_take_matrices<T>(layer, item, layer.num_heads / layer.num_kv_heads);
+#endif
+        if (!is_in_chunks) {
+            const int64_t filled = (num_keys + KEY_STEP - 1) / KEY_STEP * KEY_STEP;
+            locate_each(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, filled, keys, values);
+            return;
+        }
+        const int32_t* table = batch.block_tables + item.seq * batch.table_stride;
+        for (int64_t key = item.key_begin, i = 0; key < item.key_end; key += CHUNK_KEYS, i++) {
+            const int64_t row = kv_head * layer.block_size + key % layer.block_size;
+            const int64_t offset = table[key / layer.block_size] * cache.stride + row * layer.head_size;
+            keys[i] = static_cast<const T*>(cache.k) + offset;
+            values[i] = static_cast<const T*>(cache.v) + offset;
+        }
+    }
+
+    // Values in chunks are multiplied 32 at a time: zeros stand for those behind the last, as the cache may hold anything there.
+    void pad_values(int64_t head_size) {
+        const int64_t whole = num_keys / CHUNK_KEYS, left = num_keys % CHUNK_KEYS, size = CHUNK_KEYS * head_size;
+        if (left) {
+            memcpy(padded, values[whole], left * head_size * sizeof(T));
+            memset(padded + left * head_size, 0, (CHUNK_KEYS - left) * head_size * sizeof(T));
+            values[whole] = padded;
+        }
+        if ((whole + (left > 0)) % 2) {
+            memset(padded + size, 0, size * sizeof(T));
+            values[whole + (left > 0)] = padded + size;
+        }
+    }
+
+    Ahead ahead_of(const T* const* rows, int64_t head_size) const {
+        return {reinterpret_cast<const void* const*>(rows), head_size * int64_t(sizeof(T)), num_keys, is_in_chunks};
+    }
 };
 
 // `next`: what this thread will work on afterwards, or null.
 template <class T>
 void decode(
     const Batch& batch, const Layer& layer, const T* q, int64_t q_stride, const Item& item, int64_t kv_head,
-    const Rows<T>& rows, const Rows<T>* next, float* partial, T* out) {
+    Rows<T>& rows, const Rows<T>* next, float* partial, T* out) {
     const int64_t group = layer.num_heads / layer.num_kv_heads, head_size = layer.head_size;
     const int64_t words_of_head = PAIRS<T> ? (head_size + 1) / 2 : head_size;
     const int64_t num_words = (words_of_head + LANES - 1) / LANES * LANES;
     const int64_t width = (head_size + VALUE_STEP - 1) / VALUE_STEP * VALUE_STEP;
     const int64_t token = batch.query_start_loc[item.seq] + item.first, first_head = kv_head * group;
     const int64_t num_keys = item.key_end - item.key_begin, filled = (num_keys + KEY_STEP - 1) / KEY_STEP * KEY_STEP;
-    const int64_t row_bytes = head_size * int64_t(sizeof(T));
     uint32_t* queries = reinterpret_cast<uint32_t*>(scratch.of(4 * (PACKED_WORDS + group * (num_words + 2 * SPLIT + width))));
     uint32_t* packed = queries + group * num_words;
     uint32_t* probabilities = packed + PACKED_WORDS;
@@ -307,8 +370,8 @@ void decode(
         for (int64_t word = 0; word < num_words; word += LANES)
             store_raw(queries + row * num_words + word, load_words(from, word, head_size));
     }
-    Ahead values{reinterpret_cast<const void* const*>(rows.values), row_bytes};
-    Ahead following{next ? reinterpret_cast<const void* const*>(next->keys) : nullptr, row_bytes};
+    Ahead values = rows.ahead_of(rows.values, head_size);
+    Ahead following = next ? next->ahead_of(next->keys, head_size) : Ahead{};
     Ahead* next_keys = next ? &following : nullptr;
     float maxima[MAX_DECODE_ROWS], sums[MAX_DECODE_ROWS];
     auto soften_rows = [&] {
@@ -329,9 +392,10 @@ void decode(
         }
     };
 #if HAS_BF16_DOT
-    if (can_take_matrices<T>(layer, item, group)) {
+    if (rows.is_in_chunks) {
         score_matrices(rows.keys, num_keys, queries, num_words, group, head_size, packed, scores, values);
         soften_rows();
+        rows.pad_values(head_size);
         add_value_matrices(rows.values, filled, probabilities, group, head_size, packed, results, width, next_keys);
         finish_rows();
         return;
