@@ -523,7 +523,7 @@ class SampleSpec:
         index: The sequence's number within its request; the second coordinate of its random numbers.
         params: Of the request.
         prompt_token_ids: Of the request.
-        output_token_ids: Generated so far; its length is the third coordinate of the random number.
+        output_token_ids: Generated so far.
         num_candidates: 0: choose one token. Otherwise return this many most likely ones (beam search).
     """
 
@@ -534,6 +534,11 @@ class SampleSpec:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     num_candidates: int = 0
+
+    @property
+    def position(self) -> int:
+        """Tokens generated before this one: the third coordinate of its random number."""
+        return len(self.output_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
