@@ -26,6 +26,8 @@ NUM_ROWS = (1, 8, 64, 512)
 HEAD_SIZE = 64
 SIZES = (576, 2048)
 VOCAB_SIZE = 49_152
+MAX_SORTED_ROWS = 64
+"""More rows than that take torch seconds to sort."""
 BLOCK_SIZE = 16
 NUM_KV_HEADS = 8
 NUM_BLOCKS = 2048
@@ -116,15 +118,26 @@ def of_logits(num_rows: int, dtype: torch.dtype) -> dict[str, Pair]:
         wide = x.float()
         return wide.max(dim=1), wide.logsumexp(dim=1)
 
-    return {
+    def drawn(x: Tensor, *filters: Tensor | None) -> Pair:
+        arguments = (x, all_rows, temperatures, numbers, *filters)
+        return lambda: rows.draw_rows(*arguments), lambda: reference.draw_rows(*arguments), x.nbytes, 8 * x.numel()
+
+    pairs: dict[str, Pair] = {
         "row_maxima": (lambda: rows.row_maxima(x), torch_maxima, x.nbytes, 4 * x.numel()),
-        "draw_rows": (
-            lambda: rows.draw_rows(x, all_rows, temperatures, numbers),
-            lambda: reference.draw_rows(x, all_rows, temperatures, numbers),
-            x.nbytes,
-            8 * x.numel(),
-        ),
+        "draw_rows": drawn(x),
     }
+    if num_rows <= MAX_SORTED_ROWS:
+        top_k, top_p = torch.full((num_rows,), 50), torch.full((num_rows,), 0.9, dtype=torch.float64)
+        # Nearly flat: top_p leaves most of the vocabulary.
+        flat = (torch.randn(num_rows, VOCAB_SIZE) / 10).to(dtype)
+        pairs |= {
+            "draw_rows, top_k 50": drawn(x, top_k),
+            "draw_rows, top_p 0.9": drawn(x, None, top_p),
+            "draw_rows, top_k 50 and top_p 0.9": drawn(x, top_k, top_p),
+            "draw_rows, top_p 0.9, nearly flat rows": drawn(flat, None, top_p),
+            "draw_rows, min_p 0.05": drawn(x, None, None, torch.full((num_rows,), 0.05)),
+        }
+    return pairs
 
 
 def of_the_cache(num_rows: int, dtype: torch.dtype) -> dict[str, Pair]:

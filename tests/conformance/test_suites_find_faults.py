@@ -110,11 +110,19 @@ class FindsTheLastPlace(TorchOps):
 
 
 class DrawsTheMostLikely(TorchOps):
-    def draw_rows(
-        self, logits: torch.Tensor, rows: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw_rows(self, logits: torch.Tensor, rows: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
         values, indices, normalisers = row_maxima(logits[rows])
         return indices, values - normalisers
+
+
+class ForgetsTheFilters(TorchOps):
+    def draw_rows(
+        self, logits: torch.Tensor, rows: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor, *filters: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = logits[rows].double()
+        ends = (wide / temperatures[:, None]).softmax(dim=1).cumsum(dim=1)
+        tokens = torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True)
+        return tokens[:, 0], wide.log_softmax(dim=1).gather(1, tokens)[:, 0].float()
 
 
 class MixesUpThePairs(TorchOps):
@@ -250,6 +258,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("op_providers", MixesUpThePairs, "rotary"),
     ("op_providers", FindsTheLastPlace, "row_maxima"),
     ("op_providers", DrawsTheMostLikely, "draw_rows"),
+    ("op_providers", ForgetsTheFilters, "draw_rows"),
     ("logits_processors", MasksEveryRow, "only_given_rows_change"),
     ("logits_processors", AlwaysThere, "default_params_do_not_use_it"),
     ("logits_processors", CallsItselfInvariant, "argmax_invariant_is_honest"),

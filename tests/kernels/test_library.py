@@ -85,7 +85,8 @@ CALLS: dict[str, Callable[[Inputs], tuple[object, ...]]] = {
     "row_maxima": lambda t: (t["x"],),
     "draw_rows": lambda t: (
         *(t["x"], torch.tensor([0, 2]), torch.tensor([1.0, 0.5])),
-        torch.tensor([0.1, 0.7], dtype=torch.float64),
+        *(torch.tensor([0.1, 0.7], dtype=torch.float64), torch.tensor([0, 3])),
+        *(torch.tensor([0.9, 1.0], dtype=torch.float64), torch.tensor([0.0, 0.1])),
     ),
     "store_kv": lambda t: (t["x"].view(3, 2, 32), t["x"].view(3, 2, 32), t["k_cache"], t["v_cache"], t["positions"]),
     "copy_blocks": lambda t: ([t["k_cache"], t["v_cache"]], t["pairs"]),

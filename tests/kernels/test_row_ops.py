@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn import functional
 
 from cacheflow_kernels import (
-    draw_rows,
     fused_add_rms_norm,
     gelu_and_mul,
     layer_norm,
@@ -19,7 +18,6 @@ from cacheflow_kernels import (
     silu_and_mul,
 )
 from cacheflow_kernels.accuracy import LIMITS, ROW_SHAPES, relative_rms, rows
-from cacheflow_kernels.cpu import library
 
 shapes = pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -123,24 +121,6 @@ def test_a_weight_of_another_size_is_named() -> None:
         rms_norm(torch.zeros(2, 8), torch.zeros(7))
 
 
-def levels() -> list[str]:
-    loaded = library.load()
-    return [] if loaded is None else list(library.LEVELS[1 : int(loaded.cf_machine_level()) + 1])
-
-
-@pytest.fixture(params=[*levels(), "reference"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    loaded = library.load()
-    if request.param == "reference":
-        yield "reference"
-        return
-    assert loaded is not None
-    before = library.level()
-    loaded.cf_set_level(library.LEVELS.index(request.param))
-    yield "cpu"
-    loaded.cf_set_level(library.LEVELS.index(before))
-
-
 @dtypes
 @pytest.mark.parametrize("size", [1, 7, 16, 1003, 40_000])
 def test_row_maxima_are_torchs_and_of_equals_the_first(implementation: str, dtype: torch.dtype, size: int) -> None:
@@ -161,35 +141,3 @@ def test_a_row_that_is_not_numbers_has_a_normaliser_that_is_not_finite(implement
     assert normalisers.isfinite().tolist() == [False, False, False, True]
     assert indices[3] == 0
     assert normalisers[3] == 0
-
-
-@dtypes
-@pytest.mark.parametrize("size", [1, 7, 300, 1003, 40_000])
-def test_drawn_places_are_where_the_running_sum_passes_the_number(implementation: str, dtype: torch.dtype, size: int) -> None:
-    generator = torch.Generator().manual_seed(3)
-    x = (torch.randn(3, size + 5, generator=generator) * 3).to(dtype)[:, 2 : size + 2]
-    rows = torch.arange(60) % 3
-    temperatures = torch.tensor([0.3, 1.0, 2.5]).repeat_interleave(20)
-    numbers = torch.rand(60, generator=generator, dtype=torch.float64)
-    tokens, logprobs = draw_rows(x, rows, temperatures, numbers, implementation=implementation)
-    ends = (x[rows].double() / temperatures[:, None].double()).softmax(dim=1).cumsum(dim=1)
-    # Sums in float32 may be off in the seventh digit, at whose border either neighbour is right.
-    below = torch.where(tokens > 0, ends.gather(1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    assert bool((below <= numbers + 1e-6).all())
-    assert bool((ends.gather(1, tokens[:, None])[:, 0] >= numbers - 1e-6).all())
-    expected = x[rows].double().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(logprobs, expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_a_place_without_weight_is_not_drawn_and_rows_that_are_not_numbers_say_so(implementation: str) -> None:
-    if implementation == "reference":
-        pytest.skip("the reference rounds nothing")
-    x = torch.full((3, 600), float("-inf"))
-    x[0, 3], x[1, 590], x[2, 5], x[2, 7] = 1.0, float("nan"), 0.0, -1e-3
-    numbers = torch.tensor([0.0, 1 - 2**-53, 0.5, 0.0, 1 - 2**-53], dtype=torch.float64)
-    temperatures = torch.tensor([1.0, 1.0, 1.0, 1e-20, 1e-20])
-    rows = torch.tensor([0, 0, 1, 2, 2])
-    tokens, logprobs = draw_rows(x, rows, temperatures, numbers, implementation=implementation)
-    assert tokens[[0, 1, 3, 4]].tolist() == [3, 3, 5, 5]
-    assert logprobs.isfinite().tolist() == [True, True, False, True, True]
-    assert logprobs[0] == 0

@@ -33,7 +33,10 @@ _PAIR_OPS = {
     ),
 }
 _ROW_MAXIMA = "(Tensor x, *, str implementation='auto') -> (Tensor, Tensor, Tensor)"
-_DRAW_ROWS = "(Tensor x, Tensor rows, Tensor temperatures, Tensor numbers, *, str implementation='auto') -> (Tensor, Tensor)"
+_DRAW_ROWS = (
+    "(Tensor x, Tensor rows, Tensor temperatures, Tensor numbers, Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None,"
+    " *, str implementation='auto') -> (Tensor, Tensor)"
+)
 _ATTENTION_OPS = {
     "paged_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, Tensor query_start_loc, float scale,"
@@ -70,7 +73,7 @@ def _three_of_rows(x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return next(numbers), next(numbers), next(numbers)
 
 
-def _draws(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def _draws(x: Tensor, rows: Tensor, temperatures: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), temperatures.new_empty(temperatures.shape)
 
 

@@ -413,31 +413,51 @@ def row_maxima(x: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tens
 
 
 def draw_rows(
-    x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor, *, implementation: str = "auto"
+    x: Tensor,
+    rows: Tensor,
+    temperatures: Tensor,
+    numbers: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    *,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Random tokens by inversion: the place in a row of logits at which the running sum of probabilities passes a number.
 
-    A draw depends on its own row, temperature and number only, bit for bit.
+    First min_p, then top_k, then top_p take places away. A draw depends on its own row and numbers only, bit for bit.
 
     Args:
         x: `[num_rows, size]` logits, at least one element a row.
         rows: `[num_draws] int64`, the row of each draw; a row may come more than once.
         temperatures: `[num_draws] float32`, above 0; logits are divided by them.
         numbers: `[num_draws] float64`, from 0 up to, not including, 1.
+        top_k: `[num_draws] int64`: how many of the largest are left, of equals the first; all where it is 0 or less.
+        top_p: `[num_draws] float64`, above 0: of what is left then, the fewest largest whose probabilities reach this share of
+            it, of equals the first; all where it is 1.
+        min_p: `[num_draws] float32`, up to 1: what is less likely than this share of the most likely place goes first.
         implementation: "auto" or a name.
 
     Returns:
-        `[num_draws]` each: the places, int64; and the logarithms of their probabilities at temperature 1, float32, which are
-        not finite if the row has a NaN or infinity.
+        `[num_draws]` each: the places, int64; and the logarithms of their probabilities at temperature 1 among all places,
+        float32, which are not finite if the row has a NaN or infinity.
     """
     _require(x.ndim == 2 and x.shape[1] > 0, "x", x, "[num_rows, size]")
     _require(rows.ndim == 1 and rows.dtype == torch.int64, "rows", rows, "[num_draws] int64")
-    for name, tensor, dtype in (("temperatures", temperatures, torch.float32), ("numbers", numbers, torch.float64)):
-        _require(tensor.shape == rows.shape and tensor.dtype == dtype, name, tensor, f"[{len(rows)}] {dtype}")
-    _require_together(x.device, x=x, rows=rows, temperatures=temperatures, numbers=numbers)
+    of_draws = {
+        "temperatures": (temperatures, torch.float32),
+        "numbers": (numbers, torch.float64),
+        "top_k": (top_k, torch.int64),
+        "top_p": (top_p, torch.float64),
+        "min_p": (min_p, torch.float32),
+    }
+    for name, (tensor, dtype) in of_draws.items():
+        if tensor is not None:
+            _require(tensor.shape == rows.shape and tensor.dtype == dtype, name, tensor, f"[{len(rows)}] {dtype}")
+    _require_together(x.device, x=x, rows=rows, **{name: tensor for name, (tensor, _) in of_draws.items()})
     if IS_DEBUG:
         _require_range("rows", rows, x.shape[0], "row numbers")
-    out: tuple[Tensor, Tensor] = _select("draw_rows", implementation, x)(x, rows, temperatures, numbers)
+    out: tuple[Tensor, Tensor] = _select("draw_rows", implementation, x)(x, rows, temperatures, numbers, top_k, top_p, min_p)
     return out
 
 

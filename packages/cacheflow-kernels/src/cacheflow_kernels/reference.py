@@ -146,15 +146,43 @@ def row_maxima(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, (wide == values[:, None]).int().argmax(dim=1), wide.logsumexp(dim=1)
 
 
-def draw_rows(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def draw_rows(
+    x: Tensor,
+    rows: Tensor,
+    temperatures: Tensor,
+    numbers: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """For each of `rows` the place at which the running sum of `exp(x / temperature)` passes `number` of the total.
 
+    min_p comes first, then top_k, then top_p among what these left. The latter two leave the first places in the order (larger
+    first, of equals the lowest place first): so many, and as few as reach that share of what is there.
+
     Returns:
-        The places, and the logarithms of their probabilities at temperature 1.
+        The places, and the logarithms of their probabilities at temperature 1, everything left in.
     """
     wide = x[rows].double()
-    ends = (wide / temperatures[:, None].double()).softmax(dim=1).cumsum(dim=1)
-    tokens = torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True).clamp_(max=x.shape[1] - 1)
+    weights = ((wide - wide.amax(dim=1, keepdim=True)) / temperatures[:, None].double()).exp()
+    if min_p is not None:
+        weights = weights * (weights >= min_p[:, None])
+    if top_k is not None or top_p is not None:
+        order = wide.argsort(dim=1, descending=True, stable=True)
+        sorted_weights = weights.gather(1, order)
+        if top_k is not None:
+            limits = torch.where((top_k > 0) & (top_k < x.shape[1]), top_k, x.shape[1])
+            sorted_weights = sorted_weights * (torch.arange(x.shape[1], device=x.device) < limits[:, None])
+        if top_p is not None:
+            ends = sorted_weights.cumsum(dim=1)
+            reached = (ends < top_p[:, None] * ends[:, -1:]).roll(1, dims=1)
+            reached[:, 0] = True
+            sorted_weights = torch.where(reached | (top_p[:, None] >= 1), sorted_weights, 0.0)
+        weights = torch.zeros_like(weights).scatter_(1, order, sorted_weights)
+    ends = weights.cumsum(dim=1)
+    tokens = torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True)
+    # Rounding must not lead past the last place of any weight.
+    tokens = torch.minimum(tokens, ends.argmax(dim=1, keepdim=True))
     return tokens[:, 0], wide.log_softmax(dim=1).gather(1, tokens)[:, 0].float()
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cacheflow.errors import InvalidRequestError, RequestFailedError
-from cacheflow.interfaces import Sample, SampleSpec
+from cacheflow.interfaces import OpSpec, Sample, SampleSpec
+from cacheflow.plugins import find_plugins, load_plugin
 from cacheflow.sampling import sampler as sampler_module
 from cacheflow.sampling.sampler import Sampler
 from cacheflow.types import SamplingParams
@@ -19,9 +20,19 @@ VOCAB_SIZE = 1000
 NUM_DRAWS = 4000
 
 
-@pytest.fixture
-def sampler(context: Any) -> Sampler:
-    return Sampler(context)
+@pytest.fixture(params=["own operations", "a provider's"])
+def sampler(request: pytest.FixtureRequest, context: Any) -> Sampler:
+    return Sampler(context) if request.param == "own operations" else _with_provider(context)
+
+
+def _with_provider(context: Any) -> Sampler:
+    """One that chooses through the first op provider installed that can draw on a CPU."""
+    for name in find_plugins("cacheflow.op_providers"):
+        provider = load_plugin("cacheflow.op_providers", name)
+        spec = OpSpec(dtype=torch.float32, device=torch.device("cpu"))
+        if hasattr(provider, "supports") and not provider.supports(spec) and hasattr(found := provider(spec), "draw_rows"):
+            return Sampler(context, found.row_maxima, found.draw_rows)
+    pytest.skip("no op provider installed has draw_rows on a CPU")
 
 
 def _spec(
@@ -276,30 +287,53 @@ def test_processors_are_made_once_per_request_and_dropped_when_it_ends(sampler: 
     assert _tokens(sampler.sample(logits, [0], [_spec(second)])) == [6]
 
 
-def test_a_providers_draw_is_asked_for_plain_rows_alone_and_whatever_else_is_in_the_step(context: Any) -> None:
-    asked: list[int] = []
+EVERYTHING = [
+    _params(temperature=0.8),
+    _params(temperature=0.8, top_p=0.5),
+    _params(temperature=0.0),
+    _params(temperature=1.3, logprobs=2),
+    _params(temperature=1.5, top_k=40, min_p=0.01),
+    _params(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3),
+    _params(temperature=0.9, top_p=0.9, top_k=50, frequency_penalty=0.5, logprobs=3),
+    _params(temperature=1.0, logit_bias={7: 5.0, 900: -100.0}, min_tokens=5, stop_token_ids=[7]),
+    _params(temperature=1.0, allowed_token_ids=[4, 5, 6, 999]),
+    _params(temperature=0.0, logprobs=0),
+]
 
-    def draw_rows(
-        logits: torch.Tensor, rows: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        asked.extend(rows.tolist())
-        ends = (logits[rows].double() / temperatures[:, None]).softmax(dim=-1).cumsum(dim=-1)
-        tokens = torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True)
-        return tokens[:, 0], logits[rows].log_softmax(dim=-1).gather(1, tokens)[:, 0]
 
-    fused, logits = Sampler(context, draw_rows=draw_rows), _logits(5)
-    specs = [
-        _spec(_params(temperature=0.8), request=0),
-        _spec(_params(temperature=0.8, top_p=0.5), request=1),
-        _spec(_params(temperature=0.0), request=2),
-        _spec(_params(temperature=1.3, logprobs=2), request=3),
-        _spec(_params(temperature=1.5), request=4),
-        _spec(_params(temperature=1.5), request=4, index=1),
-    ]
-    rows = [0, 1, 2, 3, 4, 4]
-    together = fused.sample(logits, rows, specs)
-    assert asked == [0, 4, 4]
-    assert together == [fused.sample(logits, [row], [spec])[0] for row, spec in zip(rows, specs, strict=True)]
-    own = Sampler(context).sample(logits, rows, specs)
-    assert _tokens(together) == _tokens(own)
-    assert [s.logprobs[0] for s in together] == pytest.approx([s.logprobs[0] for s in own], abs=1e-5)
+def test_a_provider_changes_no_token_whatever_is_asked_for_and_whatever_else_is_in_the_step(context: Any) -> None:
+    fused, own = _with_provider(context), Sampler(context)
+    for step in range(8):
+        logits = _logits(len(EVERYTHING), seed=step).bfloat16()
+        specs = [_spec(params, request=i, output=range(3, 3 + step)) for i, params in enumerate(EVERYTHING)]
+        together = fused.sample(logits, range(len(specs)), specs)
+        # A number at a border may choose the neighbour; with these seeds none is there.
+        expected = own.sample(logits, range(len(specs)), specs)
+        assert _tokens(together) == _tokens(expected)
+        for ours, theirs in zip(together, expected, strict=True):
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+            assert (ours.top_logprobs is None) == (theirs.top_logprobs is None)
+            for found, wanted in zip(ours.top_logprobs or [], theirs.top_logprobs or [], strict=True):
+                assert list(found) == list(wanted)
+                assert list(found.values()) == pytest.approx(list(wanted.values()), abs=1e-5)
+        alone = [fused.sample(logits[i : i + 1], [0], [spec])[0] for i, spec in enumerate(specs)]
+        backwards = fused.sample(logits.flip(0), range(len(specs)), specs[::-1])[::-1]
+        assert together == alone == backwards
+
+
+def test_beams_beside_other_sequences_are_served_apart(context: Any) -> None:
+    logits = _logits(3)
+    beams = _params(use_beam_search=True, best_of=2, temperature=0.0, logprobs=1)
+    specs = [_spec(_params(top_p=0.5)), _spec(beams, request=1, num_candidates=4), _spec(_params(temperature=0.0), request=2)]
+    fused = _with_provider(context)
+    together = fused.sample(logits, range(3), specs)
+    assert together == [fused.sample(logits[i : i + 1], [0], [spec])[0] for i, spec in enumerate(specs)]
+    assert len(together[1].token_ids) == 4
+
+
+def test_logits_are_left_as_they_are(sampler: Sampler) -> None:
+    logits = _logits(len(EVERYTHING))
+    before = logits.clone()
+    sampler.sample(logits, range(len(EVERYTHING)), [_spec(params, request=i) for i, params in enumerate(EVERYTHING)])
+    assert torch.equal(logits, before)

@@ -237,7 +237,7 @@ def check_draw_rows(plugin: Any, name: str) -> None:
             rows = torch.arange(30, device=device) % 3
             temperatures = torch.tensor([0.3, 1.0, 2.5], device=device).repeat_interleave(10)
             numbers = torch.arange(30, dtype=torch.float64, device=device) / 30
-            tokens, logprobs = ops.draw_rows(x, rows, temperatures, numbers)
+            tokens, logprobs = ops.draw_rows(x, rows, temperatures, numbers, None, None, None)
             wide = x[rows].double()
             ends = (wide / temperatures[:, None].double()).softmax(dim=1).cumsum(dim=1)
             ends = torch.nn.functional.pad(ends, (1, 0))
@@ -247,6 +247,45 @@ def check_draw_rows(plugin: Any, name: str) -> None:
             expect(bool(is_right.all()), f"draw_rows [3, {size}]: not where the running sum passes the number")
             expected = wide.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0].float()
             expect_close(logprobs, expected, torch.float32, f"draw_rows [3, {size}], the log probabilities")
+        _check_filters(spec, ops)
+
+
+_FILTERED = (
+    ((0, 1.0, 0.0), (4, 1, 3, 2)),
+    ((2, 1.0, 0.0), (4, 0, 3, 0)),
+    ((0, 0.65, 0.0), (4, 0, 3, 0)),
+    ((0, 0.75, 0.0), (4, 0, 3, 2)),
+    ((0, 1.0, 0.45), (4, 0, 3, 2)),
+    ((9, 0.43, 0.45), (4, 0, 0, 0)),
+    ((2, 0.55, 0.0), (4, 0, 0, 0)),
+    ((3, 0.5, 0.0), (4, 0, 3, 0)),
+)
+"""(top_k, top_p, min_p), and what they leave of four tokens with 40, 10, 30 and 20 % of the probability."""
+
+
+def _check_filters(spec: OpSpec, ops: Any) -> None:
+    count, device = 500, spec.device
+    numbers = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) / count
+    x = torch.full((1, 300), -torch.inf)
+    places = torch.tensor([3, 90, 110, 270])
+    x[0, places] = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
+    x = torch.cat((x, torch.zeros(1, 300))).to(device=device, dtype=spec.dtype)
+    rows, ones = torch.zeros(count, dtype=torch.int64, device=device), torch.ones(count, device=device)
+    for (top_k, top_p, min_p), weights in _FILTERED:
+        filters = (rows + top_k, ones.double() * top_p, ones * min_p)
+        tokens = ops.draw_rows(x, rows, ones, numbers, *filters)[0].cpu()
+        often = torch.bincount(tokens, minlength=300)[places].double() / count
+        wanted = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        what = f"draw_rows with top_k {top_k}, top_p {top_p} and min_p {min_p}"
+        # bfloat16 logits are off by less than 1 %.
+        is_right = bool(((often - wanted).abs() < 0.01).all())
+        expect(is_right, f"{what} draws four tokens with shares of {often.tolist()}, expected {wanted.tolist()}")
+    for name, one_filter, num_left in (
+        ("top_k", (rows + 7, None, None), 7),
+        ("top_p", (None, ones.double() * 0.249, None), 75),
+    ):
+        last = int(ops.draw_rows(x, rows + 1, ones, numbers, *one_filter)[0].max())
+        expect(last == num_left - 1, f"draw_rows with {name} draws token {last} of 300 equals, {num_left} of which are left")
 
 
 CHECKS = (

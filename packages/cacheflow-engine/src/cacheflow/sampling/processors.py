@@ -6,7 +6,8 @@ Each changes the rows that it is given and knows neither the rest of the batch n
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from array import array
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,17 +44,19 @@ class Penalties:
     priority: ClassVar[int] = 300
     argmax_invariant: ClassVar[bool] = False
 
-    def __init__(self, presence: float, frequency: float, repetition: float) -> None:
+    def __init__(self, presence: float, frequency: float, repetition: float, max_sequences: int) -> None:
         self._presence = presence
         self._frequency = frequency
         self._repetition = repetition
-        self._prompt_ids: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
+        self._max_sequences = max_sequences
+        self._tallies: OrderedDict[int, _Tally] = OrderedDict()
 
     @classmethod
     def from_params(cls, params: SamplingParams, context: ProcessorContext) -> Self | None:
         """None when every penalty is at its neutral value."""
         penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-        return None if penalties == (0, 0, 1) else cls(*penalties)
+        # Beam search makes new sequences in every step, out of the last ones.
+        return None if penalties == (0, 0, 1) else cls(*penalties, max_sequences=2 * params.num_sequences)
 
     @classmethod
     def apply(cls, logits: torch.Tensor, rows: Sequence[ProcessorRow]) -> None:
@@ -63,13 +66,9 @@ class Penalties:
         seen_rows, seen_ids, factors, amounts = [], [], [], []
         for row in rows:
             own: Penalties = row.processor
-            ids, counts = np.unique(np.asarray(row.output_token_ids, dtype=np.int64), return_counts=True)
-            amount = own._presence + own._frequency * counts
-            if own._repetition != 1:
-                if own._prompt_ids is None:
-                    own._prompt_ids = np.unique(np.asarray(row.prompt_token_ids, dtype=np.int64))
-                prompt_only = np.setdiff1d(own._prompt_ids, ids, assume_unique=True)
-                ids, amount = np.concatenate((ids, prompt_only)), np.concatenate((amount, np.zeros(len(prompt_only))))
+            tally = own._tally_of(row)
+            ids, counts = np.array(tally.token_ids), np.array(tally.counts)
+            amount = np.where(counts > 0, own._presence + own._frequency * counts, 0.0)
             seen_rows.append(np.full(len(ids), row.row))
             seen_ids.append(ids)
             factors.append(np.full(len(ids), own._repetition, dtype=np.float32))
@@ -78,6 +77,45 @@ class Penalties:
         at_rows, at_ids, factor, subtracted = all_to_device(arrays, logits.device)
         values = logits[at_rows, at_ids]
         logits[at_rows, at_ids] = torch.where(values > 0, values / factor, values * factor) - subtracted
+
+    def _tally_of(self, row: ProcessorRow) -> _Tally:
+        """The sequence's tally, brought up to its output. One that does not fit the output is made afresh."""
+        tally, output = self._tallies.pop(row.sequence_id, None), row.output_token_ids
+        if tally is None or list(output[: len(tally.output)]) != tally.output:
+            tally = _Tally(row.prompt_token_ids if self._repetition != 1 else ())
+        self._tallies[row.sequence_id] = tally
+        if len(self._tallies) > self._max_sequences:
+            self._tallies.popitem(last=False)
+        tally.add(output[len(tally.output) :])
+        return tally
+
+
+class _Tally:
+    """Tokens that a sequence has seen, and how often its output has each of them: counting anew would take longer each step.
+
+    Args:
+        prompt_token_ids: Seen, if the prompt is to count.
+
+    Attributes:
+        token_ids: Each once.
+        counts: Beside them.
+        output: What has been counted.
+    """
+
+    def __init__(self, prompt_token_ids: Sequence[int]) -> None:
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt_token_ids))}
+        self.token_ids = array("q", self._places)
+        self.counts = array("q", [0] * len(self._places))
+        self.output: list[int] = []
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            place = self._places.setdefault(token, len(self.token_ids))
+            if place == len(self.token_ids):
+                self.token_ids.append(token)
+                self.counts.append(0)
+            self.counts[place] += 1
+        self.output += token_ids
 
 
 class LogitBias:

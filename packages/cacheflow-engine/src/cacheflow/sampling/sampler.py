@@ -37,10 +37,12 @@ LEAST_TEMPERATURE = 1e-20
 
 RowMaxima = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """As `row_maxima`."""
-DrawRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Of `(logits [num_rows, vocab_size], rows, temperatures, numbers)`, the latter `[count]` in int64, float32 and float64: the
-token at which the running sum of `exp(logit / temperature)` passes `number` of the total, int64, and its log probability at
-temperature 1, float32; that is not finite where the row has a NaN or infinity."""
+DrawRows = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""Of `(logits [num_rows, vocab_size], rows, temperatures, numbers, top_k, top_p, min_p)`, all but the first `[count]`: int64,
+float32, float64, int64, float64 and float32. Each of the last three may be None; in it 0, 1 and 0 take nothing away.
+
+Returns the token at which the running sum of `exp(logit / temperature)` passes `number` of the total among those that `draw`
+would leave, int64; and its log probability at temperature 1 among all, float32, not finite if the row has a NaN or infinity."""
 
 
 class Sampler:
@@ -49,7 +51,7 @@ class Sampler:
     Args:
         context: What processors may ask about the model.
         find_maxima: The op provider's `row_maxima`, if it has one.
-        draw_rows: The op provider's, if it has one; for rows whose distribution nothing but the temperature changes.
+        draw_rows: The op provider's, if it has one. Then both are asked for all but beams.
     """
 
     def __init__(
@@ -83,18 +85,18 @@ class Sampler:
             return []
         if all(self._is_plainly_greedy(spec) for spec in specs):
             return self._greedy(logits, row_of_spec, specs)
-        # How a request's row is drawn must not depend on what else is in the step: the others are done apart.
-        plain = [i for i, spec in enumerate(specs) if self._is_plainly_random(spec, logits.shape[1])]
-        if not plain:
+        # How a request's row is served must not depend on what else is in the step: beams are done apart.
+        single = [] if self._draw_rows is None else [i for i, spec in enumerate(specs) if not spec.num_candidates]
+        if not single:
             return self._sample(logits, row_of_spec, specs)
-        drawn = self._draw(logits, [row_of_spec[i] for i in plain], [specs[i] for i in plain])
-        samples = dict(zip(plain, drawn, strict=True))
-        others = [i for i in range(len(specs)) if i not in samples]
-        if others:
-            rows = sorted({row_of_spec[i] for i in others})
+        chosen = self._choose(logits, [row_of_spec[i] for i in single], [specs[i] for i in single])
+        samples = dict(zip(single, chosen, strict=True))
+        beams = [i for i in range(len(specs)) if i not in samples]
+        if beams:
+            rows = sorted({row_of_spec[i] for i in beams})
             place = {row: number for number, row in enumerate(rows)}
-            rest = self.sample(_take(logits, rows), [place[row_of_spec[i]] for i in others], [specs[i] for i in others])
-            samples.update(zip(others, rest, strict=True))
+            found = self._sample(_take(logits, rows), [place[row_of_spec[i]] for i in beams], [specs[i] for i in beams])
+            samples.update(zip(beams, found, strict=True))
         return [samples[i] for i in range(len(specs))]
 
     def _sample(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
@@ -150,30 +152,99 @@ class Sampler:
             and all(processor_class.argmax_invariant for processor_class, _ in self._processors_of(spec))
         )
 
-    def _is_plainly_random(self, spec: SampleSpec, vocab_size: int) -> bool:
-        """Whether the provider can draw: nothing but the temperature changes the distribution, and only a token is wanted."""
-        params = spec.params
-        return (
-            self._draw_rows is not None
-            and not (params.is_greedy or spec.num_candidates or cuts(params, vocab_size) or params.min_p)
-            and params.logprobs is None
-            and not self._processors_of(spec)
-        )
+    def _choose(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
+        """As `sample` by the provider's operations: on rows as they are, on float32 copies where processors change them."""
+        changed = [i for i, spec in enumerate(specs) if self._is_changed(spec)]
+        unchanged = sorted(set(range(len(specs))).difference(changed))
+        chosen: dict[int, tuple[int, float]] = {}
+        if unchanged:
+            own = [specs[i] for i in unchanged]
+            found = self._choose_from(logits, [row_of_spec[i] for i in unchanged], own)
+            chosen.update(zip(unchanged, found, strict=True))
+            for spec, (_, score) in zip(own, found, strict=True):
+                if not math.isfinite(score):
+                    raise not_finite(spec)
+        if changed:
+            found = self._choose_processed(logits, [row_of_spec[i] for i in changed], [specs[i] for i in changed])
+            chosen.update(zip(changed, found, strict=True))
 
-    def _draw(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
+        logprobs = {i: score for i, (_, score) in chosen.items()}
+        # What the choice does not tell: the model's own log probabilities where it was changed, and the most likely tokens.
+        scored = changed + [i for i in unchanged if specs[i].params.logprobs is not None]
+        tops: dict[int, Logprobs] = {}
+        if scored:
+            own = [specs[i] for i in scored]
+            raw, places = _take(logits, [row_of_spec[i] for i in scored]), range(len(scored))
+            normaliser = self._row_maxima(raw)[2][:, None]
+            _check_finite(normaliser, places, own)
+            tokens = {place: chosen[i][0] for place, i in enumerate(scored)}
+            values = _logprobs_at(raw, normaliser, places, torch.tensor(list(tokens.values()), device=raw.device))
+            logprobs.update(zip(scored, values, strict=True))
+            entries = _top_logprobs(raw, normaliser, places, own, tokens)
+            tops = {scored[place]: entry for place, entry in entries.items()}
+        return [
+            Sample(
+                token_ids=[chosen[i][0]],
+                scores=[chosen[i][1]],
+                logprobs=[logprobs[i]],
+                top_logprobs=[tops[i]] if i in tops else None,
+            )
+            for i in range(len(specs))
+        ]
+
+    def _choose_processed(
+        self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]
+    ) -> list[tuple[int, float]]:
+        """As `_choose_from` of the rows as processors leave them."""
+        processed = logits[torch.tensor(row_of_spec, device=logits.device)].float()
+        uses = self.uses(specs)
+        for processor_class, its_rows in uses.items():
+            processor_class.apply(processed, its_rows)
+        found = self._choose_from(processed, range(len(specs)), specs)
+        for i, (_, score) in enumerate(found):
+            if not math.isfinite(score):
+                is_empty = bool((processed[i] == -math.inf).all())
+                raise nothing_allowed(specs[i], i, uses, logits.shape[1]) if is_empty else not_finite(specs[i])
+        return found
+
+    def _choose_from(
+        self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]
+    ) -> list[tuple[int, float]]:
+        """Each spec's token and its log probability in its row, which is not finite if the row is not numbers."""
+        found: dict[int, tuple[int, float]] = {}
+        greedy = [i for i, spec in enumerate(specs) if spec.params.is_greedy]
+        if greedy:
+            values, indices, normalisers = self._row_maxima(_take(logits, [row_of_spec[i] for i in greedy]))
+            best = zip(indices.tolist(), (values - normalisers).tolist(), strict=True)
+            found.update(zip(greedy, best, strict=True))
+        random = [i for i in range(len(specs)) if i not in found]
+        if random:
+            drawn = self._draw(logits, [row_of_spec[i] for i in random], [specs[i] for i in random])
+            found.update(zip(random, drawn, strict=True))
+        return [found[i] for i in range(len(specs))]
+
+    def _draw(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[tuple[int, float]]:
         assert self._draw_rows is not None
-        device = logits.device
+        params, device = [spec.params for spec in specs], logits.device
+        # A filter that no row uses is left out. In a row that does not use it, it changes nothing.
+        top_k = torch.tensor([p.top_k for p in params], device=device) if any(p.top_k > 0 for p in params) else None
+        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64) if any(p.top_p < 1 for p in params) else None
+        min_p = torch.tensor([p.min_p for p in params], dtype=torch.float32) if any(p.min_p for p in params) else None
         tokens, logprobs = self._draw_rows(
             logits,
             torch.tensor(row_of_spec, device=device),
-            torch.tensor([max(spec.params.temperature, LEAST_TEMPERATURE) for spec in specs], device=device),
+            torch.tensor([max(p.temperature, LEAST_TEMPERATURE) for p in params], device=device),
             torch.from_numpy(random_numbers(specs)).to(device),
+            top_k,
+            None if top_p is None else top_p.to(device),
+            None if min_p is None else min_p.to(device),
         )
-        _check_finite(logprobs[:, None], range(len(specs)), specs)
-        return [
-            Sample(token_ids=[token], scores=[logprob], logprobs=[logprob])
-            for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)
-        ]
+        return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+
+    def _is_changed(self, spec: SampleSpec) -> bool:
+        """Whether a processor may change which token is chosen."""
+        is_greedy = spec.params.is_greedy
+        return any(not (is_greedy and processor_class.argmax_invariant) for processor_class, _ in self._processors_of(spec))
 
     def _greedy(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
         values, indices, normalisers = self._row_maxima(logits)

@@ -31,7 +31,7 @@ def _kernels() -> ctypes.CDLL:
     loaded.cf_rotary.argtypes = (*(POINTER, INTEGER, INTEGER) * 2, POINTER, POINTER, *(INTEGER,) * 3, ctypes.c_int32, dtype)
     loaded.cf_activate_and_mul.argtypes = (POINTER, INTEGER, POINTER, INTEGER, INTEGER, ctypes.c_int32, dtype)
     loaded.cf_row_maxima.argtypes = (POINTER, INTEGER, *(POINTER,) * 3, INTEGER, INTEGER, dtype)
-    loaded.cf_draw_rows.argtypes = (POINTER, INTEGER, *(POINTER,) * 5, INTEGER, INTEGER, dtype)
+    loaded.cf_draw_rows.argtypes = (POINTER, INTEGER, *(POINTER,) * 8, INTEGER, INTEGER, dtype)
     for name in ("rms_norm", "fused_add_rms_norm", "layer_norm", "rotary", "activate_and_mul", "row_maxima", "draw_rows"):
         getattr(loaded, f"cf_{name}").restype = None
     return loaded
@@ -171,7 +171,15 @@ def row_maxima(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, indices, normalisers
 
 
-def draw_rows(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def draw_rows(
+    x: Tensor,
+    rows: Tensor,
+    temperatures: Tensor,
+    numbers: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Random places in rows of `x [num_rows, size]`, and the logarithms of their probabilities at temperature 1."""
     x = _as_rows(x)
     tokens, logprobs = torch.empty_like(rows), torch.empty_like(temperatures)
@@ -181,6 +189,9 @@ def draw_rows(x: Tensor, rows: Tensor, temperatures: Tensor, numbers: Tensor) ->
         rows.data_ptr(),
         temperatures.data_ptr(),
         numbers.data_ptr(),
+        None if top_k is None else top_k.data_ptr(),
+        None if top_p is None else top_p.data_ptr(),
+        None if min_p is None else min_p.data_ptr(),
         tokens.data_ptr(),
         logprobs.data_ptr(),
         len(rows),
