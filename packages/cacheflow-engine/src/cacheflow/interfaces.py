@@ -550,11 +550,6 @@ class SampleSpec:
         """Tokens generated before this one: the third coordinate of its random number."""
         return len(self.output_token_ids) + self.num_unknown
 
-    @property
-    def position(self) -> int:
-        """Tokens generated before this one: the third coordinate of its random number."""
-        return len(self.output_token_ids)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduledSequence:
