@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import EOS, Result, SimulatedExecutor, next_token
 
+from cacheflow import LLM
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
 from cacheflow.errors import OutOfMemoryError
@@ -328,6 +329,18 @@ def _run_jobs(folder: Path, run_ahead: str) -> tuple[dict[str, dict[int, list[in
         clock += 1
     core.close()
     return outputs, num_following
+
+
+def test_a_stop_string_ends_a_text_while_a_step_for_it_is_on_its_way(tiny_llama: Path) -> None:
+    texts = []
+    for run_ahead in ("never", "always"):
+        llm = LLM(str(tiny_llama), dtype="float32", device="cpu", run_ahead=run_ahead, max_num_seqs=2, kv_cache_memory=0.02)
+        params = SamplingParams(temperature=1.0, seed=1, max_tokens=30, stop=["e", "in"], ignore_eos=True)
+        outputs = llm.generate(["The state", "Hello", "The capital of", "def add"], params, use_tqdm=False)
+        assert llm.stats().num_free_blocks + llm.stats().num_cached_blocks == llm.stats().num_blocks
+        texts.append([output.outputs[0].text for output in outputs])
+        llm.close()
+    assert texts[0] == texts[1]
 
 
 def test_a_real_model_gives_the_same_tokens_when_steps_follow_others(tiny_llama: Path) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from cacheflow.conformance.tiny_model import CONFIG, VOCAB_SIZE, write_tiny_model
 from cacheflow.conformance.verdict import NotApplicable, expect, expect_reasons
-from cacheflow.interfaces import Capacity, Sample, SampleSpec, ScheduledSequence, Step, StepOutput
+from cacheflow.interfaces import UNKNOWN_TOKEN, Capacity, Sample, SampleSpec, ScheduledSequence, Step, StepOutput
 from cacheflow.types import SamplingParams
 
 PROMPTS = ([72, 101, 108, 108, 111], list(range(1, 40)), [7])
@@ -22,10 +23,10 @@ NUM_TOKENS = 6
 
 
 @contextmanager
-def _started(plugin: Any) -> Iterator[tuple[Any, Capacity]]:
+def _started(plugin: Any, **options: Any) -> Iterator[tuple[Any, Capacity]]:
     """A running executor over the tiny model; closed in the end whatever happens."""
     with TemporaryDirectory() as folder:
-        config = write_tiny_model(Path(folder))
+        config = replace(write_tiny_model(Path(folder)), **options)
         reasons = expect_reasons(plugin.supports(config))
         if reasons:
             raise NotApplicable("; ".join(reasons))
@@ -149,6 +150,27 @@ def check_copies_come_first(plugin: Any, name: str) -> None:
         expect(token == expected[0], f"a fork in copied blocks chose token {token}, its parent {expected[0]}")
 
 
+def check_following_steps(plugin: Any, name: str) -> None:
+    """A step submitted before the result of the one that it follows gives what it gives after it."""
+    with _started(plugin, run_ahead="always") as (executor, _):
+        prompt, blocks = PROMPTS[0], [0, 1, 2, 3]
+        expected = _generate(executor, [prompt], 64, [blocks])[0]
+        can_follow = getattr(executor, "can_follow", None)
+        step = Step(sequences=(_scheduled(9, prompt, 0, blocks, prompt, []),))
+        pending = executor.submit(step)
+        if can_follow is None or not can_follow(step):
+            raise NotApplicable("each step is waited for")
+        tokens: list[int] = []
+        for position in range(len(prompt), len(prompt) + NUM_TOKENS - 1):
+            part = _scheduled(9, [UNKNOWN_TOKEN], position, blocks, prompt, list(tokens))
+            part = replace(part, samples=tuple(replace(spec, num_unknown=1) for spec in part.samples))
+            following = executor.submit(Step(sequences=(part,), follows=True))
+            tokens += pending.result().samples[0][0].token_ids
+            pending = following
+        tokens += pending.result().samples[0][0].token_ids
+        expect(tokens == expected, f"steps that follow one another chose {tokens}; each waited for: {expected}")
+
+
 def check_candidates(plugin: Any, name: str) -> None:
     """`num_candidates` gives that many tokens, best first, as beam search asks for."""
     with _started(plugin) as (executor, _):
@@ -219,6 +241,7 @@ CHECKS = (
     check_start_gives_the_capacity,
     check_tokens_do_not_depend_on_the_steps,
     check_copies_come_first,
+    check_following_steps,
     check_candidates,
     check_prompt_logprobs,
     check_close_may_be_called_twice,

@@ -64,11 +64,11 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
     first = caches[0]
     block_bytes = _block_bytes(caches, first, "caches")
     sources, destinations = pairs.cpu().unbind(1)
+    on_device = pairs.to(first.device, non_blocking=True).contiguous()
     if block_bytes % 16 or torch.isin(destinations, sources).any():
         for cache in caches:
-            cache[pairs[:, 1]] = cache[pairs[:, 0]]
+            cache[on_device[:, 1]] = cache[on_device[:, 0]]
         return
-    on_device = pairs.to(first.device, non_blocking=True).contiguous()
     _copy_blocks(first, _addresses(caches), len(caches), on_device.data_ptr(), len(pairs), block_bytes)
 
 
