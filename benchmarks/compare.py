@@ -1,213 +1,239 @@
 """cacheflow and its peers on the same workloads, on this machine: one table, with the ratio to each peer and to the roofline.
 
-    hatch run compare                                     # W1 to W5, three rounds; about 40 minutes
+    hatch run compare                                     # W1 to W7, three rounds; about 45 minutes with all peers
     hatch run compare --workload w2 --rounds 5 --output benchmarks/results/peers.jsonl
-    hatch run compare --short                             # eight requests of W1, one round
+    hatch run compare --short --system cacheflow          # seconds: eight requests of W1, one round; W7 with as many
 
 Each system is a process of its own environment (`hatch env create peers-vllm`, `peers-llama-cpp`, `peers-transformers`), or of
-the interpreter that `--python NAME=PATH` names; one that is not there is "not measured". All are loaded first. Then rounds
-interleave them: the others are stopped (SIGSTOP) while one runs, since any other work makes OpenMP collapse. The order turns
-from round to round. The machine's limits are measured in the same run.
+the interpreter that `--python NAME=PATH` names; one that is not there is "not measured". All that compute with one model are
+loaded first. Then rounds interleave them: the others are held (SIGSTOP) while one runs, since any other work makes OpenMP
+collapse. The order turns from round to round. A system that takes more than 20 s for a workload runs it once. W7 is
+requests over HTTP as they arrive, at two rates and with a seed a round. The machine's limits are measured in the same run.
+
+A file of `--output` is one run: if it was cut short, the same command goes on where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import statistics
 import subprocess
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compare_serving import RATES, measurements
+from model_files import write_demo, write_random
+from peers.environments import parse_pythons, python_of
+from programs import Program
 from record import FOLDER, shortened, surroundings, workload, write
-from roofline import SMOLLM2_135M, Limits, bound_s, measure_limits
+from roofline import LLAMA_1B, SMOLLM2_135M, Limits, bound_s, measure_limits
+from tables import Line, rate, read, table
 
 ROOT = FOLDER.parent
-PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cacheflow": ("peers.ours", ()),
-    "cacheflow-int8": ("peers.ours", ("int8",)),
-    "cacheflow-int4": ("peers.ours", ("int4",)),
-    "vllm": ("peers.vllm_cpu", ()),
-    "llama-cpp": ("peers.llama_cpp", ()),
-    "transformers": ("peers.hugging_face", ()),
-    "transformers-continuous": ("peers.hugging_face", ("continuous",)),
+ALL = ("w1", "w2", "w3", "w4", "w5", "w6", "w7")
+SERVED = ("cacheflow", "vllm")
+"""Those whose servers batch what arrives together; W7 is theirs."""
+SLOW_S = 20.0
+"""A system that took longer for a workload has no further rounds of it."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A system to measure.
+
+    Attributes:
+        module: Its program.
+        arguments: Of the program, behind the model folder.
+        workloads: Those that it runs, W7 apart.
+        num_requests: The most requests of a workload that it is given: rates are per token. None: all.
+        vendor: Of the processors that it is for, as /proc/cpuinfo has it. None: any.
+    """
+
+    module: str
+    arguments: tuple[str, ...] = ()
+    workloads: tuple[str, ...] = ALL[:-1]
+    num_requests: int | None = None
+    vendor: str | None = None
+
+
+PEERS = {
+    "cacheflow": Peer("peers.ours"),
+    "cacheflow-int8": Peer("peers.ours", ("int8",), ("w2",)),
+    "cacheflow-int4": Peer("peers.ours", ("int4",), ("w2",)),
+    "cacheflow-int8-dynamic": Peer("peers.ours", ("int8-dynamic",), ("w1", "w3")),
+    "vllm": Peer("peers.vllm_cpu"),
+    "vllm-zentorch": Peer("peers.vllm_cpu", vendor="AuthenticAMD"),
+    "llama-cpp": Peer("peers.llama_cpp"),
+    "llama-cpp-q4": Peer("peers.llama_cpp", ("q4_0",), ("w2",)),
+    "transformers": Peer("peers.hugging_face", (), ("w1", "w2", "w3", "w4", "w5"), num_requests=16),
+    "transformers-continuous": Peer("peers.hugging_face", ("continuous",), ("w1",), num_requests=16),
 }
-"""The program of each system, and its arguments behind the model folder."""
-DEFAULT = ("cacheflow", "vllm", "llama-cpp", "transformers")
-COUNTS = {"w3": "num_prompt_tokens"}
-"""What a workload's rate counts, where that is not output tokens."""
 
 
-@dataclass
 class System:
-    """A running process that answers for one system."""
+    """A running process that answers for one system, held but for its runs.
 
-    name: str
-    process: subprocess.Popen[str]
-    about: dict[str, Any] = field(default_factory=dict)
+    Raises:
+        EOFError: It ended before it had loaded.
+    """
 
-    @classmethod
-    def start(cls, name: str, python: Path, folder: Path) -> System:
-        """Starts it and waits until it has loaded.
-
-        Raises:
-            EOFError: It ended before that.
-        """
-        module, arguments = PEERS[name]
-        command = [str(python), "-m", module, str(folder), *arguments]
-        # In a session of its own, so that it is stopped and ended with all that it starts.
-        process = subprocess.Popen(
-            command, cwd=FOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        system = cls(name, process)
+    def __init__(self, name: str, python: Path, folder: Path) -> None:
+        self.name = name
+        command = [str(python), "-m", PEERS[name].module, str(folder), *PEERS[name].arguments]
+        self.program = Program(command, {}, cwd=FOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
-            system.about = system._answer()
+            self.about = self._answer()
         except EOFError:
-            system.end()
+            self.program.end()
             raise
-        system.signal(signal.SIGSTOP)
-        return system
+        self.program.hold()
 
     def run(self, name: str, is_short: bool) -> dict[str, Any]:
         """One workload, while it alone runs."""
-        self.signal(signal.SIGCONT)
+        self.program.resume()
         try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps({"workload": name, "is_short": is_short}) + "\n")
-            self.process.stdin.flush()
+            pipe = self.program.process.stdin
+            assert pipe is not None
+            asked = {"workload": name, "is_short": is_short, "num_requests": PEERS[self.name].num_requests}
+            pipe.write(json.dumps(asked) + "\n")
+            pipe.flush()
             return self._answer()
         finally:
-            self.signal(signal.SIGSTOP)
-
-    def signal(self, number: signal.Signals) -> None:
-        """To it and all that it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-
-    def end(self) -> None:
-        """Without waiting for what it does."""
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+            self.program.hold()
 
     def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        pipe = self.program.process.stdout
+        assert pipe is not None
+        line = pipe.readline()
         if not line:
             raise EOFError(f"{self.name} ended without an answer; its messages stand above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-def python_of(name: str, given: dict[str, Path]) -> Path:
-    """The interpreter of a system's environment."""
-    base = name.removesuffix("-continuous")
-    if base in given:
-        return given[base]
-    return Path(sys.executable) if base.startswith("cacheflow") else ROOT / ".venvs" / f"peers-{base}" / "bin" / "python"
+class Comparison:
+    """What is asked for, and what was measured of it so far."""
 
-
-def start_all(names: list[str], given: dict[str, Path], folder: Path) -> list[System]:
-    """Those that can be started; of the others a line says why not."""
-    systems = []
-    for name in names:
-        python = python_of(name, given)
-        if not python.exists():
-            print(f"{name}: not measured, there is no {python} (hatch env create peers-{name})", flush=True)
-            continue
-        try:
-            systems.append(System.start(name, python, folder))
-        except EOFError as error:
-            print(f"{name}: not measured, {error}", flush=True)
-    return systems
-
-
-def table(rates: dict[tuple[str, str], list[float]], bounds: dict[str, float], limits: Limits) -> str:
-    """Medians and ranges, how many times as fast cacheflow is, and the share of the roofline that each reaches."""
-    lines = [
-        f"Limits measured in this run: {limits.vector_gflops:.0f} GFLOP/s with vectors, {limits.matrix_gflops:.0f} with AMX, "
-        f"reading {limits.read_gb_s:.1f} GB/s.",
-        "",
-        "| workload | system | tokens/s | range (runs) | cacheflow is faster by | of the roofline |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for (name, system), runs in rates.items():
-        middle = statistics.median(runs)
-        ours = rates.get((name, "cacheflow"))
-        ratio = f"{statistics.median(ours) / middle:.2f}x" if ours and system != "cacheflow" else ""
-        spread = f"{min(runs):.1f} to {max(runs):.1f} ({len(runs)})"
-        unit = "prompt" if name in COUNTS else "output"
-        lines.append(
-            f"| {name.upper()} ({unit}) | {system} | {middle:.1f} | {spread} | {ratio} | {middle / bounds[name]:.0%} |"
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._is_short: bool = arguments.short
+        self._rounds = 1 if self._is_short else arguments.rounds
+        self._output: Path | None = arguments.output
+        self._given = parse_pythons(arguments.python)
+        self.wanted: list[str] = arguments.system or list(PEERS)
+        self._facts = surroundings()
+        self.lines = read(arguments.output) if arguments.output else []
+        self.lines = [line for line in self.lines if line["is_short"] == self._is_short]
+        if strange := {line["commit"] for line in self.lines} - {self._facts["commit"]}:
+            raise SystemExit(
+                f"{arguments.output} is a run of {', '.join(map(str, strange))}, and this is {self._facts['commit']}: "
+                "figures compare only within one run. Name another file with --output."
+            )
+        self._limits = Limits(**self.lines[0]["limits"]) if self.lines else measure_limits()
+        print(
+            f"Limits of the machine: {self._limits.vector_gflops:.0f} GFLOP/s with vectors, "
+            f"{self._limits.matrix_gflops:.0f} with AMX, reading {self._limits.read_gb_s:.1f} GB/s.",
+            flush=True,
         )
-    return "\n".join(lines)
+
+    def run(self, names: list[str], folder: Path) -> None:
+        """Workloads of one model, with all systems that have any left to do."""
+        wanted = [name for name in self.wanted if any(self._is_left(workload_name, name) for workload_name in names)]
+        systems = list(self._started(wanted, folder))
+        try:
+            for name in names:
+                for round_number in range(self._rounds):
+                    turn = round_number % max(1, len(systems))
+                    for system in systems[turn:] + systems[:turn]:
+                        if self._is_left(name, system.name, round_number):
+                            self._measure(system, name, round_number)
+        finally:
+            for system in systems:
+                system.program.end()
+
+    def run_serving(self, folder: Path) -> None:
+        """W7, with a seed for each round."""
+        rates = [50.0] if self._is_short else RATES
+        done = {(line["rate"], line["seed"]) for line in self.lines if line["workload"] == "w7"}
+        runs = [(rate, seed) for rate in rates for seed in range(self._rounds) if (rate, seed) not in done]
+        pythons = {name: python_of(name, self._given) for name in self.wanted if name in SERVED}
+        there = {name: python for name, python in pythons.items() if python.exists()}
+        for name, figures in measurements(there, folder, runs, self._is_short) if runs else ():
+            self._keep({"workload": "w7", "system": name, "round": figures["seed"], **figures})
+            ttft, itl = figures["ttft_s"], figures["itl_s"]
+            print(
+                f"w7 {name} at {figures['rate']:g}/s, seed {figures['seed']}: TTFT {1000 * ttft['p50']:.1f} and "
+                f"{1000 * ttft['p99']:.1f} ms, ITL {1000 * itl['p50']:.1f} and {1000 * itl['p99']:.1f} ms (p50 and p99)",
+                flush=True,
+            )
+
+    def _is_left(self, name: str, system: str, round_number: int | None = None) -> bool:
+        if name not in PEERS[system].workloads:
+            return False
+        done = [line for line in self.lines if (line["workload"], line["system"]) == (name, system)]
+        if any(line["elapsed_s"] > SLOW_S for line in done):
+            return False
+        rounds = range(self._rounds) if round_number is None else [round_number]
+        return bool(set(rounds) - {line["round"] for line in done})
+
+    def _started(self, names: list[str], folder: Path) -> Iterator[System]:
+        """Those that can be started; of the others a line says why not."""
+        for name in names:
+            python, vendor = python_of(name, self._given), PEERS[name].vendor
+            if vendor and vendor not in Path("/proc/cpuinfo").read_text():
+                print(f"{name}: not measured, it is for processors of {vendor}", flush=True)
+            elif not python.exists():
+                print(f"{name}: not measured, there is no {python} (hatch env create {python.parents[1].name})", flush=True)
+            else:
+                try:
+                    yield System(name, python, folder)
+                except EOFError as error:
+                    print(f"{name}: not measured, {error}", flush=True)
+
+    def _measure(self, system: System, name: str, round_number: int) -> None:
+        answer = system.run(name, self._is_short)
+        items = (shortened(workload(name)) if self._is_short else workload(name))[: PEERS[system.name].num_requests]
+        least_s = bound_s(items, 4 if name == "w5" else 1, LLAMA_1B if name == "w6" else SMOLLM2_135M, self._limits)
+        line = {"workload": name, "system": system.name, "round": round_number, "num_requests": len(items), **answer}
+        line |= {"roofline_s": round(least_s, 4), "load_s": system.about["load_s"], "system_versions": system.about["versions"]}
+        self._keep(line)
+        print(f"{name} {system.name}: {answer['elapsed_s']:.2f} s, {rate(line):.1f} tokens/s", flush=True)
+
+    def _keep(self, line: Line) -> None:
+        whole = {"benchmark": "peers", "is_short": self._is_short, **line, "limits": vars(self._limits), **self._facts}
+        self.lines.append(whole)
+        write(self._output, whole)
 
 
 def main() -> None:
-    """Starts the systems, runs the rounds, prints the table."""
+    """Measures what is asked for, model by model, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workload", action="append", choices=("w1", "w2", "w3", "w4", "w5"), help="may be repeated; default: all"
-    )
-    parser.add_argument(
-        "--system", action="append", choices=list(PEERS), help=f"may be repeated; default: {', '.join(DEFAULT)}"
-    )
+    parser.add_argument("--workload", action="append", choices=ALL, help="may be repeated; default: all")
+    parser.add_argument("--system", action="append", choices=list(PEERS), help="may be repeated; default: all that are there")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system on each workload (default: 3)")
-    parser.add_argument("--short", action="store_true", help="eight requests of W1, short outputs, one round")
+    parser.add_argument("--short", action="store_true", help="eight requests of W1 and of W7, short outputs, one round")
     parser.add_argument(
-        "--models", type=Path, default=ROOT / ".venvs" / "peer-models", help="where the model is written for them"
+        "--models",
+        type=Path,
+        default=ROOT / ".venvs" / "peer-models",
+        help="where their models are written: 0.5 GB, for W6 5 GB",
     )
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="another interpreter of a system")
-    parser.add_argument("--output", type=Path, help="a file to append JSON lines to")
+    parser.add_argument("--output", type=Path, help="a file of JSON lines, which is one run: what stands there is not repeated")
     arguments = parser.parse_args()
-    names = ["w1"] if arguments.short else arguments.workload or ["w1", "w2", "w3", "w4", "w5"]
-    rounds = 1 if arguments.short else arguments.rounds
-    given = {name: Path(path) for name, _, path in (entry.partition("=") for entry in arguments.python)}
-
-    subprocess.run([sys.executable, str(FOLDER / "model_files.py"), str(arguments.models)], check=True)
-    limits, facts = measure_limits(), surroundings()
-    systems = start_all(arguments.system or list(DEFAULT), given, arguments.models.resolve())
-    rates: dict[tuple[str, str], list[float]] = {}
-    bounds: dict[str, float] = {}
-    try:
-        for round_number in range(rounds):
-            for name in names:
-                items = shortened(workload(name)) if arguments.short else workload(name)
-                least_s = bound_s(items, 4 if name == "w5" else 1, SMOLLM2_135M, limits)
-                turn = round_number % max(1, len(systems))
-                for system in systems[turn:] + systems[:turn]:
-                    answer = system.run(name, arguments.short)
-                    count = answer[COUNTS.get(name, "num_output_tokens")]
-                    rates.setdefault((name, system.name), []).append(count / answer["elapsed_s"])
-                    bounds[name] = count / least_s
-                    print(
-                        f"{name} {system.name}: {answer['elapsed_s']:.2f} s, {count / answer['elapsed_s']:.1f} tokens/s",
-                        flush=True,
-                    )
-                    write(
-                        arguments.output,
-                        {
-                            "benchmark": "peers",
-                            "workload": name,
-                            "is_short": arguments.short,
-                            "system": system.name,
-                            "round": round_number,
-                            **answer,
-                            "roofline_s": round(least_s, 4),
-                            "limits": vars(limits),
-                            "load_s": system.about["load_s"],
-                            "system_versions": system.about["versions"],
-                            **facts,
-                        },
-                    )
-    finally:
-        for system in systems:
-            system.end()
-    in_order = {key: rates[key] for name in names for key in [(name, s.name) for s in systems] if key in rates}
-    print("\n" + table(in_order, bounds, limits))
+    names = arguments.workload or (["w1", "w7"] if arguments.short else list(ALL))
+    folder: Path = arguments.models.resolve()
+    comparison = Comparison(arguments)
+    if set(names) != {"w6"}:
+        write_demo(folder / "demo", with_gguf=any(name.startswith("llama-cpp") for name in comparison.wanted))
+        comparison.run([name for name in names if name not in ("w6", "w7")], folder / "demo")
+    if "w6" in names:
+        write_random(folder / "llama-1b")
+        comparison.run(["w6"], folder / "llama-1b")
+    if "w7" in names:
+        comparison.run_serving(folder / "demo")
+    print("\n" + table(comparison.lines))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model_files import LLAMA_1B_CONFIG
 from record import Item, shortened, surroundings, workload, write
 from roofline import LLAMA_1B, SMOLLM2_135M, bound_s, measure_limits
 
@@ -35,20 +36,6 @@ PURPOSE = {
 }
 COUNTS = {"w3": "prompt"}
 """Which tokens a workload's rate counts, where that is not output."""
-LLAMA_1B_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-}
 WARM_UP = Item(list(range(1000, 1064)), 8)
 
 

