@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
@@ -109,7 +110,7 @@ def of_hidden_states(num_rows: int, size: int, dtype: torch.dtype) -> dict[str, 
 
 
 def of_logits(num_rows: int, dtype: torch.dtype) -> dict[str, Pair]:
-    """What sampling asks of rows of logits."""
+    """What sampling asks of rows of logits. Beside draws it is the reference, which sorts all of a row in float64."""
     x = (torch.randn(num_rows, VOCAB_SIZE) * 3).to(dtype)
     all_rows, temperatures = torch.arange(num_rows), torch.full((num_rows,), 0.8)
     numbers = torch.rand(num_rows, dtype=torch.float64)
@@ -119,7 +120,7 @@ def of_logits(num_rows: int, dtype: torch.dtype) -> dict[str, Pair]:
         return wide.max(dim=1), wide.logsumexp(dim=1)
 
     def drawn(x: Tensor, *filters: Tensor | None) -> Pair:
-        arguments = (x, all_rows, temperatures, numbers, *filters)
+        arguments: tuple[Any, ...] = (x, all_rows, temperatures, numbers, *filters)
         return lambda: rows.draw_rows(*arguments), lambda: reference.draw_rows(*arguments), x.nbytes, 8 * x.numel()
 
     pairs: dict[str, Pair] = {

@@ -16,6 +16,19 @@ def test_top_tokens_are_ordered_by_value_then_by_id() -> None:
     assert values.tolist() == [[3, 3, 2, 2], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("vocab_size", [logprobs.BLOCK, 5 * logprobs.BLOCK, 5 * logprobs.BLOCK + 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_top_tokens_of_many_blocks_are_those_of_a_whole_sort(vocab_size: int, dtype: torch.dtype) -> None:
+    # Few different numbers, so that equals lie in several blocks.
+    logits = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(0)).round().to(dtype)
+    logits[4], logits[5, 3:] = 0, -torch.inf
+    ranked = logits.sort(dim=-1, descending=True, stable=True)
+    for count in (1, 3, 4, 5, 20):
+        ids, values = top_tokens(logits, count)
+        assert torch.equal(ids, ranked.indices[:, :count])
+        assert torch.equal(values, ranked.values[:, :count])
+
+
 def test_more_top_tokens_than_there_are_means_all() -> None:
     assert top_tokens(torch.tensor([[1.0, 2.0]]), 5)[0].tolist() == [[1, 0]]
 

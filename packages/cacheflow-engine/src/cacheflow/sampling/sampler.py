@@ -196,7 +196,7 @@ class Sampler:
         self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]
     ) -> list[tuple[int, float]]:
         """As `_choose_from` of the rows as processors leave them."""
-        processed = logits[torch.tensor(row_of_spec, device=logits.device)].float()
+        processed = _take(logits, row_of_spec).to(torch.float32, copy=True)
         uses = self.uses(specs)
         for processor_class, its_rows in uses.items():
             processor_class.apply(processed, its_rows)

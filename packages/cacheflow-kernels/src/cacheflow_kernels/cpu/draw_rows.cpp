@@ -12,7 +12,7 @@
 
 constexpr int64_t BLOCK = 256;             // elements whose weights are added up in float32; sums of blocks are in float64
 constexpr int64_t MIN_PARALLEL = 1 << 13;  // elements; estimated, not measured: below, starting the threads costs more
-constexpr int64_t FEW = 128;               // elements that are sorted. On 64 rows 64 took 4 % longer, 256 as long
+constexpr int64_t FEW = 128;               // elements that are sorted; a guess: sorting them is to take as long as one more halving
 constexpr float FARTHEST = -87.0f;         // what is farther below the largest, in units of the temperature, weighs nothing
 
 struct Element {
@@ -95,6 +95,40 @@ struct Row {
     float* weights;
     int64_t num_blocks;
 };
+
+// How a row is weighed: what is less likely than min_p of the most likely weighs nothing.
+struct Scale {
+    float most, temperature, min_p;
+};
+
+INLINE Floats weight_at(Floats found, Scale scale) {
+    const Floats weight = weight_of((found - scale.most) / scale.temperature);
+    return only(weight >= scale.min_p, weight);
+}
+
+// Writes the running sum of blocks' weights, and for a row that is to be cut its elements and their weights; returns the sum of
+// exponentials at temperature 1.
+template <bool IS_CUT, class T>
+static float weigh(
+    const T* from, int64_t size, Scale scale, float* __restrict values, float* __restrict weights, double* __restrict ends) {
+    Floats normaliser{};
+    double total = 0;
+    for (int64_t block = 0; block * BLOCK < size; block++) {
+        Floats sums{};
+        const int64_t end = std::min(size, (block + 1) * BLOCK);
+        for (int64_t k = block * BLOCK; k < end; k += LANES) {
+            const Floats found = part(from, k, size), weight = weight_at(found, scale);
+            normaliser += weight_of(found - scale.most);
+            sums += weight;
+            if constexpr (IS_CUT) {
+                store_raw(values + k, found);
+                store_raw(weights + k, weight);
+            }
+        }
+        ends[block] = total += sum(sums);
+    }
+    return sum(normaliser);
+}
 
 // How many elements are greater than a value, and what they amount to: their number again, or their weights.
 template <bool IS_COUNT>
@@ -246,33 +280,17 @@ static void draw_rows(
                 greatest = larger(found, greatest);
                 undefined = found == found ? undefined : found;
             }
-            const float most = maximum(greatest), temperature = temperatures[i], min_p = min_ps ? min_ps[i] : 0.0f;
+            const float most = maximum(greatest), temperature = temperatures[i];
             const int64_t top_k = top_ks && 0 < top_ks[i] && top_ks[i] < size ? top_ks[i] : 0;
             const double top_p = top_ps ? top_ps[i] : 1.0;
+            const bool is_cut = top_k || top_p < 1;
             tokens[i] = 0;
             logprobs[i] = NAN;
             if (sum(undefined) != 0.0f || !(most < INFINITY) || most == -INFINITY) continue;
-
-            const auto weigh = [&](int64_t k) __attribute__((always_inline)) {
-                const Floats weight = weight_of((part(from, k, size) - most) / temperature);
-                return only(weight >= min_p, weight);
-            };
-            double total = 0;
-            Floats normaliser{};
-            const bool is_cut = top_k || top_p < 1;
-            for (int64_t block = 0; block < num_blocks; block++) {
-                Floats sums{};
-                for (int64_t k = block * BLOCK; k < std::min(size, (block + 1) * BLOCK); k += LANES) {
-                    const Floats found = part(from, k, size), weight = weigh(k);
-                    normaliser += weight_of(found - most);
-                    sums += weight;
-                    if (is_cut) {
-                        store_raw(values + k, found);
-                        store_raw(weights + k, weight);
-                    }
-                }
-                ends[block] = total += sum(sums);
-            }
+            const Scale scale{most, temperature, min_ps ? min_ps[i] : 0.0f};
+            const float normaliser = is_cut ? weigh<true>(from, size, scale, values, weights, ends.data())
+                                            : weigh<false>(from, size, scale, values, weights, ends.data());
+            double total = ends[num_blocks - 1];
             if (is_cut) {
                 const int64_t end = (size + LANES - 1) / LANES * LANES;
                 std::fill(values + end, values + num_blocks * BLOCK, -INFINITY);
@@ -302,7 +320,7 @@ static void draw_rows(
             double end = block ? ends[block - 1] : 0;
             bool is_found = false;
             for (int64_t k = block * BLOCK; k < std::min(size, (block + 1) * BLOCK) && !is_found; k += LANES) {
-                const Floats found = is_cut ? load_raw<Floats>(weights + k) : weigh(k);
+                const Floats found = is_cut ? load_raw<Floats>(weights + k) : weight_at(part(from, k, size), scale);
                 for (int l = 0; l < LANES && !is_found; l++)
                     if (found[l] > 0) {
                         token = k + l;
@@ -311,7 +329,7 @@ static void draw_rows(
                     }
             }
             tokens[i] = token;
-            logprobs[i] = load(from + token, 1)[0] - most - logf(sum(normaliser));
+            logprobs[i] = load(from + token, 1)[0] - most - logf(normaliser);
         }
     }
 }
