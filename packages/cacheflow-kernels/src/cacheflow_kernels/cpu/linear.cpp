@@ -42,10 +42,12 @@ thread_local Scratch row_scratch, scale_scratch, sum_scratch, own_scratch;
 // layer of 576 with 2,048 rows took 12.2 ms without blocks, and 6.5 with blocks and without a copy of the rows.
 constexpr int64_t BLOCK_BYTES = 768 << 10;
 
-// Items of a panel's columns that stay in the first cache of 48 KiB while tiles pass by: 36 KiB.
+// Items of a panel's columns that stay in the first cache of 48 KiB while tiles pass by: 36 KiB. With rows that pass by it, and
+// longer panels in parts, a layer's products took 1,531 us instead of 1,688 for 256 rows on each of two threads.
 constexpr int64_t UNIT_STEPS = 288;
 
-// Rows that threads share out to round them to bytes, though a single tile holds them.
+// Rows that threads share out to round them to bytes, though a single tile holds them. Gate and up of SmolLM2-135M ran 24 rows
+// at 11 times the vectors' speed before, and at 13.5 times so.
 constexpr int64_t MIN_SHARED_ROWS = 16;
 
 // Rows that meet one strip of grouped integers while it is in the nearest cache.
@@ -161,8 +163,8 @@ struct Product {
         }
     }
 
-    // The same by the matrix unit, of whole numbers or bfloat16. Several tiles share a panel, a part of it at a time, that stays
-    // in the first cache while they pass by. Vectors finish a tile while the unit multiplies the next one.
+    // The same by the matrix unit, of whole numbers or bfloat16. Several tiles share a panel, a part of it at a time, that
+    // stays in the first cache while they pass by. Vectors finish a tile while the unit multiplies the next one.
     void multiply_by_unit(int64_t p, int64_t begin, int64_t end) const {
         const bool is_alone = end - begin == 1;
         const int64_t num_parts = is_alone ? 1 : (steps + UNIT_STEPS - 1) / UNIT_STEPS;
