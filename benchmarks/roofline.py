@@ -86,7 +86,7 @@ def measure_limits() -> Limits:
             vector = _vector_gflops(probe)
             read = max(read, _probe_read_gb_s(probe))
         if "amx_bf16" in flags:
-            matrix = _matrix_gflops(_compiled("probe_amx.cpp", Path(folder), "-mamx-tile", "-mamx-bf16", "-march=native"))
+            matrix = _matrix_gflops(_amx_probe(Path(folder)))
     return Limits(round(vector, 1), round(matrix, 1), round(read, 2))
 
 
@@ -120,6 +120,10 @@ def _compiled(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def _amx_probe(folder: Path) -> ctypes.CDLL:
+    return _compiled("probe_amx.cpp", folder, "-mamx-tile", "-mamx-bf16", "-march=native")
+
+
 def _best_s(call: Callable[[], object], runs: int = 7) -> float:
     times = []
     for _ in range(runs):
@@ -148,6 +152,17 @@ def _matrix_gflops(probe: ctypes.CDLL) -> float:
     return 2 * 32**3 * times * torch.get_num_threads() / seconds / 1e9
 
 
+def _matrix_gflops_from_second_cache() -> float:
+    """What the matrix units reach with the operands of a product in each core's second cache; 0 without such units."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = _amx_probe(Path(folder))
+        if not probe.probe_amx(ctypes.c_int64(1)):
+            return 0.0
+        times = 100
+        seconds = _best_s(lambda: probe.probe_amx_second_cache(ctypes.c_int64(times)))
+    return 2 * 256 * 576 * 16 * 32 * times * torch.get_num_threads() / seconds / 1e9
+
+
 def _probe_read_gb_s(probe: ctypes.CDLL, num_bytes: int = 1 << 29) -> float:
     memory = torch.ones(num_bytes, dtype=torch.uint8)
     probe.probe_read.restype = ctypes.c_int64
@@ -163,6 +178,8 @@ def main() -> None:
     """Prints the limits and the bounds."""
     limits = measure_limits()
     print(f"{limits.vector_gflops} GFLOP/s with vectors, {limits.matrix_gflops} with AMX; reading {limits.read_gb_s} GB/s")
+    if limits.matrix_gflops:
+        print(f"{_matrix_gflops_from_second_cache():.1f} GFLOP/s with AMX where the operands lie in the second cache")
     for name in ("w1", "w2", "w3", "w4", "w5", "w6"):
         shape, n = (LLAMA_1B if name == "w6" else SMOLLM2_135M), (4 if name == "w5" else 1)
         items = workload(name)

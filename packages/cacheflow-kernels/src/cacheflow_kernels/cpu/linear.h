@@ -57,9 +57,8 @@ struct LinearKernels {
     void (*sum_groups)(const void* row, int64_t size, int64_t group_size, float* out);  // there too
     void (*unpack_to_float32[2])(const Linear&, int64_t panel, float* out);
     void (*widen_row)(const void* x, int64_t size, float* out);
-    float (*quantise_row)(float* x, int64_t size, uint8_t* out);
-    void (*scale)(const Linear&, int64_t panel, int64_t rows, const float* row_scales, float* c);
-    void (*finish)(const Linear&, int64_t panel, int64_t rows, float* c, void* out);
+    float (*quantise_row[2])(const void* x, int64_t size, float* turned, uint8_t* out);  // of float32, of bfloat16
+    void (*finish)(const Linear&, int64_t panel, int64_t rows, const float* row_scales, const float* c, void* out);
     int64_t tile_rows;           // of the highest tile whose sums fit the registers
     bool has_bfloat16_products;  // the bfloat16 tile takes pairs of bfloat16 activations; otherwise float32 ones
 };

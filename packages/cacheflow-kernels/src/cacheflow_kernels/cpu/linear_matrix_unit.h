@@ -22,28 +22,49 @@ static void begin(int64_t rows) { _tile_loadconfig(&CONFIGS[rows < UNIT_ROWS ? r
 
 static void end() { _tile_release(); }
 
-// As a Tile. Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. While the unit multiplies, meanwhile(from, to) is
-// called for parts of [0, TILE_ROWS), one after the other: for what vectors have to do with the rows of an earlier tile.
-template <bool IS_INTEGER, bool HAS_TWO, class Meanwhile>
+// Which operand is read once only, and should not take the first cache's place from the other.
+enum class Passing { ROWS, PANEL };
+
+// As a Tile. Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before.
+// While the unit multiplies, meanwhile(from, to) is called for parts of [0, TILE_ROWS), one after the other: for what vectors
+// have to do with the rows of an earlier tile.
+template <bool IS_INTEGER, bool HAS_TWO, Passing PASSING, class Meanwhile>
 static void tile(
-    const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step,
-    const Meanwhile& meanwhile) {
+    const void* rows, int64_t stride, const void* panel, int64_t steps, bool goes_on, float* c, const char* next,
+    int64_t next_step, const Meanwhile& meanwhile) {
     const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
     const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes, *w = (const char*)panel;
-    _tile_zero(0);
-    _tile_zero(1);
-    if (HAS_TWO) {
-        _tile_zero(2);
-        _tile_zero(3);
+    if (goes_on) {
+        _tile_loadd(0, c, c_row_bytes);
+        _tile_loadd(1, c + 16, c_row_bytes);
+        if (HAS_TWO) {
+            _tile_loadd(2, c + UNIT_ROWS * PANEL, c_row_bytes);
+            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (HAS_TWO) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
     }
     const int64_t part = (TILE_ROWS * 16 + steps - 1) / steps;
     int64_t done = 0;
     for (int64_t step = 0; step < steps; step += 16) {
         for (const char* end = next + 16 * next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
-        _tile_loadd(4, upper + step * 4, row_bytes);
-        _tile_loadd(6, w + step * panel_row_bytes, panel_row_bytes);
-        _tile_loadd(7, w + step * panel_row_bytes + 64, panel_row_bytes);
-        if (HAS_TWO) _tile_loadd(5, lower + step * 4, row_bytes);
+        const char *x = upper + step * 4, *y = lower + step * 4, *columns = w + step * panel_row_bytes;
+        if (PASSING == Passing::ROWS) {
+            _tile_stream_loadd(4, x, row_bytes);
+            _tile_loadd(6, columns, panel_row_bytes);
+            _tile_loadd(7, columns + 64, panel_row_bytes);
+            if (HAS_TWO) _tile_stream_loadd(5, y, row_bytes);
+        } else {
+            _tile_loadd(4, x, row_bytes);
+            _tile_stream_loadd(6, columns, panel_row_bytes);
+            _tile_stream_loadd(7, columns + 64, panel_row_bytes);
+            if (HAS_TWO) _tile_loadd(5, y, row_bytes);
+        }
         if (IS_INTEGER) {
             _tile_dpbusd(0, 4, 6);
             _tile_dpbusd(1, 4, 7);
