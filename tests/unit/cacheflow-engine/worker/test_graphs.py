@@ -6,6 +6,7 @@ Where there is no GPU a step is not recorded but called again, on the same buffe
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,13 @@ def test_padding_changes_no_bit_of_the_attention_of_other_rows() -> None:
     assert torch.equal(kv_padded[:num_blocks], kv[:num_blocks])
 
 
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
 @pytest.mark.parametrize("block_size", [16, 2])
-def test_captured_steps_give_the_same_tokens(tiny_llama: Path, block_size: int) -> None:
+def test_captured_steps_give_the_same_tokens(tiny_llama: Path, block_size: int, run_ahead: str) -> None:
     recorder = Recorder()
     config = _config(tiny_llama, block_size=block_size)
     plain = EngineCore(config)
-    captured = EngineCore(config, CapturingExecutor(recorder))
+    captured = EngineCore(replace(config, run_ahead=run_ahead), CapturingExecutor(recorder))
     # Sequences end one by one, so that steps have all sizes from 11 to 1.
     expected = _generate(plain, 11, lambda i: 3 + 2 * i)
     assert _generate(captured, 11, lambda i: 3 + 2 * i) == expected
