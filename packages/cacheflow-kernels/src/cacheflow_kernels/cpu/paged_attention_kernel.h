@@ -580,8 +580,8 @@ static void paged_attention(
         auto locate_rows = [&](int64_t i, Rows<T>& found) {
             found.locate(batch, layer, cache, work.items[i / layer.num_kv_heads], i % layer.num_kv_heads);
         };
-        // While there is enough for all threads, one takes all heads of a decode: they lie in the same pages. 64 sequences of 302
-        // tokens (9/3 heads x 64, 30 layers) took 21.9 ms so, and 23.3 with heads taken one by one.
+        // While there is enough for all threads, one takes all heads of a decode: they lie in the same pages. 64 sequences of
+        // 302 tokens (9/3 heads x 64, 30 layers) took 21.9 ms so, and 23.3 with heads taken one by one.
         const int64_t many = 4 * omp_get_num_threads();
         int64_t own = 0, own_end = 0;
         auto take = [&] {
