@@ -278,7 +278,7 @@ INLINE void prefetch(const T* const* rows, int64_t count, int64_t head_size) {
             _mm_prefetch(reinterpret_cast<const char*>(rows[i]) + byte, _MM_HINT_T1);
 }
 
-// packed [num_words, KEYS]: word w of key j.
+// packed [num_words, KEY_STRIDE]: word w of key j.
 template <class T>
 void pack_keys(
     const T* const* rows, const T* const* next, int64_t num_keys, int64_t head_size, int64_t num_words, uint32_t* packed) {
@@ -293,9 +293,9 @@ void pack_keys(
             const int64_t count = std::min<int64_t>(LANES, num_words - word);
             if (count == LANES) {
 #pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) store_raw(packed + (word + i) * KEYS + key, square[i]);
+                for (int i = 0; i < LANES; i++) store_raw(packed + (word + i) * KEY_STRIDE + key, square[i]);
             } else {
-                for (int64_t i = 0; i < count; i++) store_raw(packed + (word + i) * KEYS + key, square[i]);
+                for (int64_t i = 0; i < count; i++) store_raw(packed + (word + i) * KEY_STRIDE + key, square[i]);
             }
         }
     }
@@ -338,8 +338,8 @@ struct Tile {
 
 INLINE Tile tile_of(int64_t rows, int64_t num_words, int64_t width) {
     const int64_t padded = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS * CHUNK_ROWS;
-    const int64_t sizes[] = {padded * num_words, num_words * KEYS, KEYS * width, CHUNK_ROWS * KEYS, CHUNK_ROWS * KEYS,
-                             padded * width,     padded,           padded,       padded,            padded};
+    const int64_t sizes[] = {padded * num_words, num_words * KEY_STRIDE, KEYS * width, CHUNK_ROWS * KEY_STRIDE,
+                             CHUNK_ROWS * KEY_STRIDE, padded * width, padded, padded, padded, padded};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     uint32_t* next = reinterpret_cast<uint32_t*>(scratch.of(4 * total));
@@ -522,17 +522,17 @@ void attend(
             if (high <= 0 || low >= num_keys) continue;
             const int64_t seen = std::min(num_keys, (high + KEY_STEP - 1) / KEY_STEP * KEY_STEP);
             multiply<PAIRS<T>>(
-                tile.queries + first * num_words, num_words, tile.keys, KEYS, last - first, num_words, seen, tile.scores, KEYS,
-                nullptr);
+                tile.queries + first * num_words, num_words, tile.keys, KEY_STRIDE, last - first, num_words, seen, tile.scores,
+                KEY_STRIDE, nullptr);
             for (int64_t row = first; row < last; row++) {
-                const int64_t at = position + row / group, place = (row - first) * KEYS;
+                const int64_t at = position + row / group, place = (row - first) * KEY_STRIDE;
                 tile.factors[row] = soften<T>(
                     layer, tile.slopes[row], tile.scores + place, seen, first_visible(at, layer.window) - begin,
                     std::min(at + 1, item.key_end) - begin, at - begin, tile.probabilities + place, tile.maxima[row],
                     tile.sums[row]);
             }
             multiply<PAIRS<T>>(
-                tile.probabilities, KEYS, tile.values, width, last - first, PAIRS<T> ? seen / 2 : seen, width,
+                tile.probabilities, KEY_STRIDE, tile.values, width, last - first, PAIRS<T> ? seen / 2 : seen, width,
                 tile.out + first * width, width, tile.factors + first);
         }
     }
@@ -580,8 +580,8 @@ static void paged_attention(
         auto locate_rows = [&](int64_t i, Rows<T>& found) {
             found.locate(batch, layer, cache, work.items[i / layer.num_kv_heads], i % layer.num_kv_heads);
         };
-        // While there is enough for all threads, one takes all heads of a decode: they lie in the same pages. 64 sequences of 302
-        // tokens (9/3 heads x 64, 30 layers) took 21.9 ms so, and 23.3 with heads taken one by one.
+        // While there is enough for all threads, one takes all heads of a decode: they lie in the same pages. 64 sequences of
+        // 302 tokens (9/3 heads x 64, 30 layers) took 21.9 ms so, and 23.3 with heads taken one by one.
         const int64_t many = 4 * omp_get_num_threads();
         int64_t own = 0, own_end = 0;
         auto take = [&] {

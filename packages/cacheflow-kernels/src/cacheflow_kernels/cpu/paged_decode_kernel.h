@@ -144,12 +144,12 @@ void score_matrices(
     }
 }
 
-// add_values for all keys on the matrix unit, 32 keys times 64 elements (IS_WIDE) or 32 at a time; out [rows, width] in the same
-// order of columns. `packed` is memory for a right operand of 4 steps, so that one is filled while others are multiplied.
+// add_values for all keys on the matrix unit, 32 keys times 64 elements (IS_WIDE) or 32 at a time; out [rows, width] in the
+// same order of columns. `packed` is memory for a right operand of 4 steps, so that one is filled while others are multiplied.
 template <bool IS_WIDE, class T>
 INLINE void add_value_columns(
-    const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t column, int64_t head_size, uint32_t* packed,
-    float* out, int64_t width, Ahead* next_values, int64_t asked_per_pair) {
+    const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t column, int64_t head_size,
+    uint32_t* packed, float* out, int64_t width, Ahead* next_values, int64_t asked_per_pair) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -164,7 +164,8 @@ INLINE void add_value_columns(
                 if (next_values) next_values->ask(asked_per_pair, num_keys);
 #pragma GCC unroll 2
                 for (int half = 0; half <= IS_WIDE; half++) {
-                    const auto even = load_raw<__m512i>(from + 32 * half), odd = load_raw<__m512i>(from + head_size + 32 * half);
+                    const auto even = load_raw<__m512i>(from + 32 * half);
+                    const auto odd = load_raw<__m512i>(from + head_size + 32 * half);
                     store_raw(to + 32 * half, _mm512_unpacklo_epi16(even, odd));
                     store_raw(to + 32 * half + 16, _mm512_unpackhi_epi16(even, odd));
                 }
@@ -330,7 +331,7 @@ struct Rows {
         }
     }
 
-    // Values in chunks are multiplied 32 at a time: zeros stand for those behind the last, as the cache may hold anything there.
+    // Values in chunks are multiplied 32 at a time: zeros stand for those behind the last; the cache may hold anything there.
     void pad_values(int64_t head_size) {
         const int64_t whole = num_keys / CHUNK_KEYS, left = num_keys % CHUNK_KEYS, size = CHUNK_KEYS * head_size;
         if (left) {
@@ -370,8 +371,8 @@ void decode(
         for (int64_t word = 0; word < num_words; word += LANES)
             store_raw(queries + row * num_words + word, load_words(from, word, head_size));
     }
-    // All of the next item is asked for, its keys while these are scored, so that it is there by then: 8 sequences of 302 tokens
-    // (9/3 heads x 64, 30 layers) took 2.0 ms, and 2.45 when this item's values came first. The last asks for its own values.
+    // All of the next item is asked for, its keys while these are scored, so that it is there by then: 8 sequences of 302
+    // tokens (9/3 heads x 64, 30 layers) took 2.0 ms, and 2.45 when this item's values came first. The last asks for its own.
     Ahead ahead = next ? next->ahead_of(next->keys, head_size) : rows.ahead_of(rows.values, head_size);
     Ahead following = next ? next->ahead_of(next->values, head_size) : Ahead{};
     Ahead* next_values = next ? &following : nullptr;
