@@ -26,8 +26,9 @@ void cf_paged_attention(
 
 // Rows that a thread takes from one attention call to the next: few enough that what lies between the products stays in its
 // core's cache, and so many that the weights, which are read anew for each chunk, do not matter. Medians of eight runs with
-// prompts of 512 tokens: 5,438 prompt tokens/s with 256, 5,713 with 512; 384 was slower. MIN_CHUNK is an estimate.
-constexpr int64_t CHUNK = 512, MIN_CHUNK = 128, TILE = 16;
+// prompts of 512 tokens: 5,438 prompt tokens/s with 256, 5,713 with 512; 384 was slower. Below MIN_CHUNK threads share out columns
+// instead. A prompt of 256 tokens took 41.5 and 41.8 ms with 128, 38.7 and 40.7 with 256, 50.0 and 51.5 with 64; 512 was as 256.
+constexpr int64_t CHUNK = 512, MIN_CHUNK = 256, TILE = 16;
 
 struct DecoderLayer {
     const void *attention_norm, *mlp_norm;
