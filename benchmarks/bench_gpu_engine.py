@@ -4,7 +4,7 @@ Beside it on the same files: itself without CUDA graphs, itself without steps ma
 (`generate_batch`), each in a process of its own; and the least time that the work can take at the card's bandwidth (of a copy)
 and peak (of a matrix product), both measured in the same run, as `roofline.py` has it. `gpu.sh` runs it; alone:
 
-    PYTHONPATH=$(python benchmarks/in_place.py /tmp/in-place) python benchmarks/bench_gpu_engine.py --shape 1b
+    PYTHONPATH=$(python benchmarks/in_place.py in-place) python benchmarks/bench_gpu_engine.py --shape 1b
     … --device cpu --short     # a tiny shape: whether all of it works
 """
 
