@@ -135,7 +135,7 @@ struct Product {
         if (is_grouped() && !takes_bfloat16()) {
             panel = own_scratch.get(steps * PANEL * 4);
             kernels.unpack_to_float32[is_int4](l, p, (float*)panel);
-        } else if (is_grouped() && has_units && num_tiles > 1) {
+        } else if (is_grouped() && has_units) {
             unpacked = own_scratch.get(steps * PANEL * 4);
             avx512bf16::MATRIX_UNIT_KERNELS.unpack[is_int4](l, p, unpacked);
         }
@@ -169,11 +169,15 @@ struct Product {
 
     // Whether all rows meet a panel when it comes from memory: a single tile by the matrix unit, or two of the same height, which
     // share a row where the rows are odd.
-    bool is_streamed() const { return !tiles && !is_grouped() && num_tiles <= 2; }
+    bool is_streamed() const { return !tiles && num_tiles <= (is_grouped() ? 1 : 2); }
     int64_t streamed_height() const { return (rows + num_tiles - 1) / num_tiles; }
 
     // The panels from `begin` to before `end`, where is_streamed.
     void stream_panels(int64_t begin, int64_t end) const {
+        if (is_grouped()) {
+            const auto& streams = avx512bf16::MATRIX_UNIT_KERNELS.grouped_stream[l.form == GROUPED_INT4];
+            return streams[rows - 1](l, begin, end, activations, stride, row_sums, out);
+        }
         const auto choose = [&](auto is_integer) {
             constexpr bool I = is_integer.value;
             if (num_tiles == 2)
