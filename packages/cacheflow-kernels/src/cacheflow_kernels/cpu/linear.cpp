@@ -55,6 +55,9 @@ constexpr int64_t MIN_SHARED_ROWS = 16;
 // Rows that meet one strip of grouped integers while it is in the nearest cache.
 constexpr int64_t GROUPED_ROWS = 64;
 
+// Of the control register of vectors: numbers below the smallest normal one are zeros, as they are to the matrix unit.
+constexpr unsigned FLUSHES_DENORMALS = 0x8040;
+
 // One product: what it reads and writes, and how it is cut.
 struct Product {
     const Linear& l;
@@ -175,8 +178,12 @@ struct Product {
     // The panels from `begin` to before `end`, where is_streamed.
     void stream_panels(int64_t begin, int64_t end) const {
         if (is_grouped()) {
-            const auto& streams = avx512bf16::MATRIX_UNIT_KERNELS.grouped_stream[l.form == GROUPED_INT4];
-            return streams[rows - 1](l, begin, end, activations, stride, row_sums, out);
+            const MatrixUnitKernels& unit = avx512bf16::MATRIX_UNIT_KERNELS;
+            const bool is_int4 = l.form == GROUPED_INT4;
+            if (rows > 1) return unit.grouped_stream[is_int4][rows - 1](l, begin, end, activations, stride, row_sums, out);
+            float* row = (float*)own_scratch.get(items * 8);
+            kernels.widen_row(activations, 2 * items, row);
+            return unit.grouped_row[is_int4](l, begin, end, row, row_sums, out);
         }
         const auto choose = [&](auto is_integer) {
             constexpr bool I = is_integer.value;
@@ -367,6 +374,9 @@ extern "C" void cf_linear(
             for (int64_t row = 0; row < rows; row++) prepare(row);
         }
         if (!product.tiles) amx::begin(product.is_streamed() ? product.streamed_height() : std::min(rows, product.tile_rows));
+        // For those rows that vectors multiply in its place.
+        const unsigned control = _mm_getcsr();
+        if (product.is_grouped() && !product.tiles) _mm_setcsr(control | FLUSHES_DENORMALS);
         if (product.is_streamed()) {
             const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
             product.stream_panels(l.num_panels * i / n, l.num_panels * (i + 1) / n);
@@ -377,6 +387,7 @@ extern "C" void cf_linear(
                 for (int64_t p = 0; p < l.num_panels; p++) product.multiply_panel(p, first, last);
             }
         }
+        _mm_setcsr(control);
         if (!product.tiles) amx::end();
     }
 }

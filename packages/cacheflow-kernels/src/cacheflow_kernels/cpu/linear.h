@@ -76,5 +76,6 @@ struct MatrixUnitKernels {
     GroupedTile grouped[2][16];
     void (*grouped_stream[2][16])(
         const Linear&, int64_t begin, int64_t end, const int32_t* rows, int64_t stride, const float* row_sums, void* out);
+    void (*grouped_row[2])(const Linear&, int64_t begin, int64_t end, const float* row, const float* row_sums, void* out);
     void (*unpack[2])(const Linear&, int64_t panel, char* out);
 };
