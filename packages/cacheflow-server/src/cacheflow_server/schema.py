@@ -167,6 +167,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
             403: "The Host or the Origin is not allowed.",
             408: "The body did not arrive in time.",
             413: "The body is too large.",
+            415: "The body is compressed.",
             431: "The headers are too large.",
             500: "The request failed.",
             503: "The engine is overloaded, loading, ending or gone; Retry-After may say when to try again.",
