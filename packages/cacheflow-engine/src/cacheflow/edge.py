@@ -114,7 +114,8 @@ class Guard:
 
     It answers all others itself, in this order: too large headers 431, a Host that is not this server's 403, a web page of
     another origin 403 (CORS preflights of allowed origins are answered here too), no valid key 401 on every path that is not
-    named open, a compressed body 415, a too large one 413. All answers to allowed origins carry CORS headers, those to errors included.
+    named open, a compressed body 415, a too large one 413. All answers to allowed origins carry CORS headers, those to errors
+    included.
     A body that takes too long, or turns out to be too large, ends `app`'s `receive` with an `InvalidRequestError`.
 
     Every answer has the header `x-request-id`: the client's own, or one that is drawn. `scope["state"]["request_id"]` is what

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from cacheflow.errors import InvalidRequestError
+from cacheflow.errors import InvalidRequestError, shown
 
 MAX_N = 128
 """Most sequences of one request: bounds what one client can make the engine hold."""
@@ -37,9 +37,7 @@ FINISH_ERROR = "error"
 
 def _check(name: str, value: Any, valid: bool, allowed: str) -> None:
     if not valid:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise InvalidRequestError(f"{name} must be {allowed}, got {shown}.", param=name)
+        raise InvalidRequestError(f"{name} must be {allowed}, got {shown(value)}.", param=name)
 
 
 def _is_int(value: Any) -> bool:
