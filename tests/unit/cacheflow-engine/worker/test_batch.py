@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cacheflow.interfaces import SampleSpec, ScheduledSequence, Step
 from cacheflow.types import SamplingParams
-from cacheflow.worker.batch import ModelInput, ScoredRows, build_input
+from cacheflow.worker.batch import ModelInput, ScoredRows, build_input, lay_out
 
 CPU = torch.device("cpu")
 
@@ -112,6 +112,29 @@ def test_every_choice_reads_the_last_row_of_its_sequence(drawn: tuple[Step, int]
         by_owner.setdefault(owner, []).append(spec)
     for i, sequence in enumerate(step.sequences):
         assert by_owner.get(i, []) == list(sequence.samples)
+
+
+@given(_steps())
+def test_decodes_are_laid_out_alone_as_beside_a_prompt(drawn: tuple[Step, int]) -> None:
+    step, block_size = drawn
+    decodes = tuple(s for s in step.sequences if len(s.token_ids) == 1)
+    prompt = _scheduled(100, 0, [1, 2], list(range(2)), 1)
+    if not decodes:
+        return
+    alone = lay_out(Step(sequences=decodes), block_size)
+    beside = lay_out(Step(sequences=(*decodes, prompt)), block_size)
+    count, width = alone.block_tables.shape
+    for name in ("input_ids", "positions", "seq_lens", "slot_mapping"):
+        mine, other = getattr(alone, name), getattr(beside, name)
+        assert mine.dtype == other.dtype
+        assert mine.tolist() == other[:count].tolist()
+    assert alone.query_start_loc.tolist() == beside.query_start_loc[: count + 1].tolist()
+    assert alone.block_tables.tolist() == beside.block_tables[:count, :width].tolist()
+    assert (beside.block_tables[:count, width:] == -1).all()
+    assert alone.logits_rows.tolist() == beside.logits_rows[:-1].tolist()
+    assert (*alone.specs, *prompt.samples) == beside.specs
+    assert alone.row_of_spec == beside.row_of_spec[:-1]
+    assert alone.spec_owner == beside.spec_owner[:-1]
 
 
 def test_scored_tokens_keep_their_rows_and_their_place_in_the_step() -> None:

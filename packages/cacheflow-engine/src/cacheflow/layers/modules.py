@@ -107,8 +107,9 @@ class OutputHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[num_rows, in_features]` → `[num_rows, vocab_size]`."""
+        logits = self._group.all_gather(self._product(hidden))
         # Shares are padded to one length, so what lies behind the vocabulary is cut off.
-        return self._group.all_gather(self._product(hidden))[:, : self._vocab_size]
+        return logits if logits.shape[1] == self._vocab_size else logits[:, : self._vocab_size]
 
 
 class RMSNorm:

@@ -248,9 +248,14 @@ class Sampler:
 
     def _greedy(self, logits: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]) -> list[Sample]:
         values, indices, normalisers = self._row_maxima(logits)
-        _check_finite(normalisers[:, None], row_of_spec, specs)
         tokens, logprobs = indices.tolist(), (values - normalisers).tolist()
-        return [Sample(token_ids=[tokens[row]], scores=[logprobs[row]], logprobs=[logprobs[row]]) for row in row_of_spec]
+        samples = []
+        for row, spec in zip(row_of_spec, specs, strict=True):
+            logprob = logprobs[row]
+            if not math.isfinite(logprob):
+                raise not_finite(spec)
+            samples.append(Sample(token_ids=[tokens[row]], scores=[logprob], logprobs=[logprob]))
+        return samples
 
     def _process(
         self, raw: torch.Tensor, normaliser: torch.Tensor, row_of_spec: Sequence[int], specs: Sequence[SampleSpec]

@@ -6,7 +6,7 @@ Pure: numbers in, tensors out, nothing kept. It knows neither model nor cache la
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -128,6 +128,8 @@ def lay_out(step: Step, block_size: int, chosen_rows: Mapping[int, int] | None =
         block_size: Tokens of a block.
         chosen_rows: Where the step before chose a token for each sequence, by its id; wanted of a step that follows it.
     """
+    if all(len(s.token_ids) == 1 and s.num_prompt_logprobs is None and s.pooling is None for s in step.sequences):
+        return _lay_out_decodes(step, block_size, chosen_rows)
     query_lens = np.fromiter((len(s.token_ids) for s in step.sequences), np.int64, len(step.sequences))
     # Sequences of one query token come first, each kind in the step's order.
     order = np.argsort(query_lens > 1, kind="stable")
@@ -141,7 +143,7 @@ def lay_out(step: Step, block_size: int, chosen_rows: Mapping[int, int] | None =
     input_ids = np.fromiter(chain.from_iterable(s.token_ids for s in sequences), np.int64, num_tokens)
     owner = np.repeat(np.arange(len(sequences)), query_lens)
     positions = np.arange(num_tokens) + (num_computed - query_start_loc[:-1])[owner]
-    block_tables = _block_tables([s.block_table for s in sequences], -(-seq_lens // block_size))
+    block_tables = _block_tables([s.block_table for s in sequences], (-(-seq_lens // block_size)).tolist())
     slot_mapping = block_tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
     sampled = [i for i, s in enumerate(sequences) if s.samples]
@@ -178,6 +180,32 @@ def lay_out(step: Step, block_size: int, chosen_rows: Mapping[int, int] | None =
         spec_owner=tuple(spec_owner),
         scored=scored,
         pooled=pooled,
+    )
+
+
+def _lay_out_decodes(step: Step, block_size: int, chosen_rows: Mapping[int, int] | None) -> HostInput:
+    """As `lay_out`, of nearly all steps in the shortest way: the model has just swept the caches that numpy's code was in."""
+    sequences, count = step.sequences, len(step.sequences)
+    positions = [s.num_computed_tokens for s in sequences]
+    slots = [s.block_table[p // block_size] * block_size + p % block_size for s, p in zip(sequences, positions, strict=True)]
+    sampled = [i for i, s in enumerate(sequences) if s.samples]
+    owners = [(row, i) for row, i in enumerate(sampled) for _ in sequences[i].samples]
+    rows = chosen_rows or {}
+    return HostInput(
+        input_ids=np.array([s.token_ids[0] for s in sequences], np.int64),
+        positions=np.array(positions, np.int64),
+        query_start_loc=np.arange(count + 1, dtype=np.int32),
+        seq_lens=np.array([p + 1 for p in positions], np.int32),
+        block_tables=_block_tables([s.block_table for s in sequences], [p // block_size + 1 for p in positions]),
+        slot_mapping=np.array(slots, np.int64),
+        num_decodes=count,
+        chosen_rows=np.array([rows[s.sequence_id] for s in sequences] if step.follows else [], np.int64),
+        logits_rows=np.array(sampled, np.int64),
+        specs=tuple(chain.from_iterable(sequences[i].samples for i in sampled)),
+        row_of_spec=tuple(row for row, _ in owners),
+        spec_owner=tuple(i for _, i in owners),
+        scored=(),
+        pooled=(),
     )
 
 
@@ -246,7 +274,7 @@ def upload(batch: HostInput, device: torch.device, chosen: torch.Tensor | None =
             block_tables=block_tables,
             slot_mapping=slot_mapping,
             num_decodes=batch.num_decodes,
-            max_query_len=int(np.diff(batch.query_start_loc).max()),
+            max_query_len=1 if batch.is_all_decodes else int(np.diff(batch.query_start_loc).max()),
             max_seq_len=int(batch.seq_lens.max()),
         ),
         logits_rows=logits_rows,
@@ -258,9 +286,10 @@ def upload(batch: HostInput, device: torch.device, chosen: torch.Tensor | None =
     )
 
 
-def _block_tables(tables: list[Sequence[int]], num_blocks: NDArray[np.int64]) -> NDArray[np.int32]:
+def _block_tables(tables: Sequence[Sequence[int]], num_blocks: Sequence[int]) -> NDArray[np.int32]:
     """`[num_seqs, most blocks]`: of each table the blocks that its tokens need, then -1."""
-    filled = np.full((len(tables), int(num_blocks.max())), -1, np.int32)
-    used = chain.from_iterable(table[:count] for table, count in zip(tables, num_blocks.tolist(), strict=True))
-    filled[np.arange(filled.shape[1]) < num_blocks[:, None]] = np.fromiter(used, np.int32, int(num_blocks.sum()))
-    return filled
+    most = max(num_blocks)
+    filled = chain.from_iterable(
+        chain(table[:count], repeat(-1, most - count)) for table, count in zip(tables, num_blocks, strict=True)
+    )
+    return np.fromiter(filled, np.int32, len(tables) * most).reshape(len(tables), most)

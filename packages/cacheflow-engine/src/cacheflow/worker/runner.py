@@ -182,7 +182,9 @@ class Runner:
         choices: device_sampler.Choices | None = None
         if batch.specs:
             with self._span("logits"):
-                logits = self._model.logits(hidden[batch.logits_rows])
+                # Of a step of decodes all rows are sampled, and in this order.
+                is_all = len(batch.logits_rows) == len(hidden)
+                logits = self._model.logits(hidden if is_all else hidden.index_select(0, batch.logits_rows))
             with self._span("sample"):
                 if self._chooses_on_device:
                     choices = device_sampler.choose(self._sampler, logits, batch.row_of_spec, batch.specs)

@@ -7,14 +7,14 @@ made of them, and a step's attention by its `Plan`; it does not know where weigh
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cacheflow_kernels.cpu import library, rows
-from cacheflow_kernels.cpu.attention import DTYPES, INTEGER, POINTER, Plan, cache_of
+from cacheflow_kernels.cpu.attention import DTYPES, INTEGER, POINTER, Layer, Plan, cache_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -56,6 +56,27 @@ class _Attention(ctypes.Structure):
         ("block_stride", INTEGER),
         ("out", POINTER),
     )
+
+
+class _Caches:
+    """Addresses of what an engine's steps share: each layer's particulars, keys and values.
+
+    Args:
+        kv: The cache tensors by their layers' numbers; the list is the same one in all steps, with the same tensors.
+        layers: The particulars, likewise.
+        numbers: Of the layers.
+    """
+
+    def __init__(self, kv: Sequence[Tensor], layers: Mapping[int, Layer], numbers: Sequence[int]) -> None:
+        self.kv, self.layers = kv, layers
+        caches, addressed = [cache_of(kv[number]) for number in numbers], POINTER * len(numbers)
+        self._arrays = (
+            addressed(*(ctypes.addressof(layers[number]) for number in numbers)),
+            addressed(*(cache.k for cache in caches)),
+            addressed(*(cache.v for cache in caches)),
+        )
+        self.addresses = tuple(ctypes.addressof(array) for array in self._arrays)
+        self.block_stride = caches[0].block_stride
 
 
 def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Callable[[Tensor, Tensor, Attend], Tensor] | None:
@@ -108,36 +129,36 @@ def decoder(layers: Sequence[Any], norm: Tensor, eps: float, rotary: Any) -> Cal
     addresses = [ctypes.addressof(layer) for layer in packed]
     whole = ctypes.addressof(description)
 
-    def whole_attention(plan: Plan, kv: Sequence[Tensor], out: Tensor) -> tuple[_Attention, tuple[Any, ...]]:
-        caches, addressed = [cache_of(kv[number]) for number in numbers], POINTER * len(numbers)
-        particulars = addressed(*(ctypes.addressof(plan.layers[number]) for number in numbers))
-        keys, values = addressed(*(cache.k for cache in caches)), addressed(*(cache.v for cache in caches))
-        addresses = (ctypes.addressof(structure) for structure in (particulars, keys, values))
-        pointers = (ctypes.addressof(plan.batch), plan.slot_mapping.data_ptr(), *addresses)
-        return _Attention(*pointers, caches[0].block_stride, out.data_ptr()), (particulars, keys, values)
+    caches: _Caches | None = None
 
     def run(hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        nonlocal caches
         hidden = hidden.contiguous()
         num_rows = hidden.shape[0]
         x = hidden.new_empty(hidden.shape)
-        fused, inner = hidden.new_empty((num_rows, sum(sizes))), hidden.new_empty((num_rows, down.in_features))
-        q, k, v = fused.split(sizes, dim=-1)
-        pointers = (tensor.data_ptr() for tensor in (x, hidden, fused, inner, positions))
-        step = _Step(*pointers, num_rows, torch.get_num_threads())
+        # One piece of memory for what is forgotten behind a layer: queries, keys and values, the MLP, what attention gives.
+        widths = sum(sizes), down.in_features, sizes[0]
+        memory = hidden.new_empty(num_rows * sum(widths))
+        fused, inner, out = (memory.data_ptr() + num_rows * sum(widths[:i]) * memory.itemsize for i in range(len(widths)))
+        step = _Step(x.data_ptr(), hidden.data_ptr(), fused, inner, positions.data_ptr(), num_rows, torch.get_num_threads())
         plan = getattr(attend, "plan", None)
         if isinstance(plan, Plan):
-            out = hidden.new_empty((num_rows, sizes[0]))
-            attention, borrowed = whole_attention(plan, attend.kv, out)  # type: ignore[attr-defined]
+            kv: Sequence[Tensor] = attend.kv  # type: ignore[attr-defined]
+            if caches is None or caches.kv is not kv or caches.layers is not plan.layers:
+                caches = _Caches(kv, plan.layers, numbers)
+            attention = _Attention(
+                ctypes.addressof(plan.batch), plan.slot_mapping.data_ptr(), *caches.addresses, caches.block_stride, out
+            )
             call_whole(whole, ctypes.addressof(step), packed, len(numbers), ctypes.addressof(attention))
-            del borrowed
             return x
+        q, k, v = memory[: num_rows * widths[0]].view(num_rows, -1).split(sizes, dim=-1)
         address, done, attended, stride = ctypes.addressof(step), None, None, 0
         for number, following in zip(numbers, addresses, strict=True):
             call(whole, address, done, attended, stride, following)
-            out = attend(number, q, k, v)
-            if out.stride(1) != 1:
-                out = out.contiguous()
-            done, attended, stride = following, out.data_ptr(), out.stride(0)
+            given = attend(number, q, k, v)
+            if given.stride(1) != 1:
+                given = given.contiguous()
+            done, attended, stride = following, given.data_ptr(), given.stride(0)
         call(whole, address, done, attended, stride, None)
         return x
 

@@ -6,6 +6,7 @@
 #include "linear.h"
 
 #include <omp.h>
+#include "scratch.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -15,28 +16,9 @@
 #define SOURCE "linear_kernel.h"
 #include "each_level.h"
 #include "linear_matrix_unit.h"
+#include "linear_many_rows.h"
 
 namespace {
-
-// Memory that a thread keeps from call to call.
-class Scratch {
-public:
-    ~Scratch() { std::free(memory_); }
-
-    char* get(int64_t num_bytes) {
-        if (num_bytes > size_) {
-            std::free(memory_);
-            size_ = (num_bytes + 4095) / 4096 * 4096;
-            memory_ = std::aligned_alloc(64, (size_t)size_);
-            if (!memory_) std::abort();
-        }
-        return (char*)memory_;
-    }
-
-private:
-    void* memory_ = nullptr;
-    int64_t size_ = 0;
-};
 
 thread_local Scratch row_scratch, scale_scratch, sum_scratch, own_scratch;
 
@@ -51,6 +33,9 @@ constexpr int64_t UNIT_STEPS = 288;
 // Rows that threads share out to round them to bytes, though a single tile holds them. Gate and up of SmolLM2-135M ran 24 rows
 // at 11 times the vectors' speed before, and at 13.4 times so.
 constexpr int64_t MIN_SHARED_ROWS = 16;
+
+// Of products that linear_many_rows.h has.
+constexpr int64_t MIN_MANY_ROWS = 65;
 
 // Rows that meet one strip of grouped integers while it is in the nearest cache.
 constexpr int64_t GROUPED_ROWS = 64;
@@ -340,6 +325,8 @@ extern "C" void cf_linear(
         product.tiles = nullptr;
         product.tile_rows = product.is_grouped() ? amx::UNIT_ROWS : amx::TILE_ROWS;
     }
+    if (!product.tiles && !product.is_grouped() && rows >= MIN_MANY_ROWS)
+        return many_rows::multiply(l, x, rows, product.stride_bytes, product.steps / 16, out, num_threads);
     product.num_tiles = (rows + product.tile_rows - 1) / product.tile_rows;
     product.row_scales = (float*)scale_scratch.get(rows * 4);
     if (product.sums_groups()) product.row_sums = (float*)sum_scratch.get(rows * num_groups(l) * 4);

@@ -540,45 +540,67 @@ INLINE Floats reciprocal(Floats x) {
     return 1.0f / x;
 }
 
-// Sums of whole numbers become numbers: less what BYTE_OFFSET added, times both scales. Then bias, activation and rounding;
-// writes those columns of the panel that exist.
+// What happens to a panel's sums. Those of whole numbers become numbers: less what BYTE_OFFSET added, times both scales. Then bias,
+// activation and rounding. Multiplied and added by one instruction, wherever this is inlined, so that no bit depends on it.
 template <class T, bool IS_INTEGER>
-INLINE void finish_as(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
-    const int columns = l.is_gated ? PANEL / 2 : PANEL;
-    const int64_t start = panel * columns, end = l.out_features - start < columns ? l.out_features - start : columns;
-    Ints extra[PANEL / LANES];
-    Floats column_scale[PANEL / LANES];
-    if (IS_INTEGER)
+struct PanelEnd {
+    Floats bias[PANEL / LANES] = {}, column_scale[PANEL / LANES] = {};
+    Ints extra[PANEL / LANES] = {};
+
+    PanelEnd() = default;
+    __attribute__((always_inline)) PanelEnd(const Linear& l, int64_t panel) {
         for (int i = 0; i < PANEL; i += LANES) {
+            if (l.bias) bias[i / LANES] = load(l.bias + panel * PANEL + i);
+            if (!IS_INTEGER) continue;
             extra[i / LANES] = load_raw<Ints>(l.sums + panel * PANEL + i) * BYTE_OFFSET;
             column_scale[i / LANES] = load((const float*)l.scales + panel * PANEL + i);
         }
-    for (int64_t row = 0; row < rows; row++) {
-        const auto column = [&](int i) __attribute__((always_inline)) {
-            const float* at = c + row * PANEL + i;
-            Floats x;
-            if (IS_INTEGER)
-                x = __builtin_convertvector(load_raw<Ints>(at) - extra[i / LANES], Floats) * column_scale[i / LANES] *
-                    row_scales[row];
-            else
-                x = load(at);
-            return l.bias ? x + load(l.bias + panel * PANEL + i) : x;
-        };
-        T* to = out + row * l.out_features + start;
-        for (int i = 0; i < end; i += LANES) {
-            Floats x = column(i);
-            if (l.is_gated) x = x * reciprocal<T>(1.0f + exponential(-x)) * column(i + columns);
-            store(to + i, x, end - i);
+    }
+
+    __attribute__((always_inline)) Floats column(const float* c, int i, float row_scale) const {
+        if (!IS_INTEGER) return load(c + i) + bias[i / LANES];
+        const Floats whole = __builtin_convertvector(load_raw<Ints>(c + i) - extra[i / LANES], Floats);
+        return multiply_add(whole * column_scale[i / LANES], splat(row_scale), bias[i / LANES]);
+    }
+
+    // The first `count` columns of a row's result, if there are fewer than all.
+    template <bool IS_GATED>
+    __attribute__((always_inline)) void finish_row(const float* c, float row_scale, int64_t count, T* to) const {
+        constexpr int COLUMNS = IS_GATED ? PANEL / 2 : PANEL;
+#pragma GCC unroll 4
+        for (int i = 0; i < COLUMNS; i += LANES) {
+            if (i >= count) break;
+            Floats x = column(c, i, row_scale);
+            if (IS_GATED) x = x * reciprocal<T>(1.0f + exponential(-x)) * column(c, i + COLUMNS, row_scale);
+            store(to + i, x, count - i);
         }
     }
+};
+
+template <class T, bool IS_INTEGER, bool IS_GATED>
+INLINE void finish_as(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
+    const PanelEnd<T, IS_INTEGER> end(l, panel);
+    const int columns = IS_GATED ? PANEL / 2 : PANEL;
+    const int64_t start = panel * columns;
+    for (int64_t row = 0; row < rows; row++)
+        end.template finish_row<IS_GATED>(
+            c + row * PANEL, IS_INTEGER ? row_scales[row] : 1.0f, l.out_features - start, out + row * l.out_features + start);
+}
+
+template <class T, bool IS_INTEGER>
+INLINE void finish_gated_or_not(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
+    if (l.is_gated)
+        finish_as<T, IS_INTEGER, true>(l, panel, rows, row_scales, c, out);
+    else
+        finish_as<T, IS_INTEGER, false>(l, panel, rows, row_scales, c, out);
 }
 
 template <class T>
 INLINE void finish_form(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
     if (l.form == DYNAMIC_INT8)
-        finish_as<T, true>(l, panel, rows, row_scales, c, out);
+        finish_gated_or_not<T, true>(l, panel, rows, row_scales, c, out);
     else
-        finish_as<T, false>(l, panel, rows, row_scales, c, out);
+        finish_gated_or_not<T, false>(l, panel, rows, row_scales, c, out);
 }
 
 static void finish(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, void* out) {
