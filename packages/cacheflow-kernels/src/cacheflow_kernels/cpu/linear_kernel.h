@@ -262,7 +262,8 @@ static void grouped_tile(
         for (int64_t k = g * strip.group_size, end = strip.end_of(g); k < end; k += 8, x += 4) {
             __m512i pairs[4];
             load_pairs<IS_INT4>(block, pairs);
-            fetch((const char*)block + strip.size / 4 * strip.BLOCK_BYTES);
+            fetch_line((const char*)block + STREAM_AHEAD);
+            if (!IS_INT4) fetch_line((const char*)block + STREAM_AHEAD + 64);
             block += strip.BLOCK_BYTES;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
