@@ -260,7 +260,7 @@ extern "C" void cf_linear(
         product.tile_rows = product.is_grouped() ? amx::UNIT_ROWS : amx::TILE_ROWS;
     }
     if (!product.tiles && !product.is_grouped() && rows >= MIN_MANY_ROWS)
-        return many_rows::multiply(l, x, rows, product.stride_bytes, product.steps / 16, out, num_threads);
+        return many_rows::multiply(l, x, rows, product.stride_bytes, out, num_threads);
     product.num_tiles = (rows + product.tile_rows - 1) / product.tile_rows;
     product.row_scales = (float*)scale_scratch.get(rows * 4);
     if (product.sums_groups()) product.row_sums = (float*)sum_scratch.get(rows * num_groups(l) * 4);
@@ -309,4 +309,15 @@ extern "C" void cf_linear(
         _mm_setcsr(control);
         if (!product.tiles) amx::end();
     }
+}
+
+// Two products, one after the other: out [rows][out_features of down] = down times (gate_up times x). `inner` is memory for the rows
+// between them.
+extern "C" void cf_linear_twice(
+    const Linear* gate_up, const Linear* down, const void* x, int64_t rows, int64_t stride, void* inner, void* out,
+    int64_t num_threads) {
+    if (has_matrix_unit() && rows >= MIN_MANY_ROWS && many_rows::can_be_one(*gate_up, *down))
+        return many_rows::multiply_both(*gate_up, *down, x, rows, stride * 2, out, num_threads);
+    cf_linear(gate_up, x, rows, stride, inner, num_threads);
+    cf_linear(down, inner, rows, down->in_features, out, num_threads);
 }
