@@ -441,34 +441,52 @@ INLINE float soften(
     uint32_t* probabilities, float& maximum_so_far, float& sum_so_far, Ahead* ahead = nullptr) {
     Ints lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    Floats largest = splat(-INFINITY);
-    const float scale = layer.scale * UNIT<T>;
-    for (int64_t key = 0; key < num_keys; key += LANES) {
-        Floats score = load_raw<Floats>(scores + key);
-        score = layer.soft_cap ? bent(score * layer.scale, layer.soft_cap) * UNIT<T> : score * scale;
-        const Ints position = lane + int32_t(key);
-        if (layer.alibi_slopes) score += slope * UNIT<T> * __builtin_convertvector(position - int32_t(distance), Floats);
-        if (key < low || key + LANES > high) {
-            const Ints is_visible = (position >= int32_t(low)) & (position < int32_t(high));
-            score = is_visible ? score : splat(-INFINITY);
+    float scale = layer.scale * UNIT<T>;
+    if (layer.soft_cap || layer.alibi_slopes || scale <= 0) {
+        for (int64_t key = 0; key < num_keys; key += LANES) {
+            Floats score = load_raw<Floats>(scores + key) * layer.scale;
+            if (layer.soft_cap) score = bent(score, layer.soft_cap);
+            if (layer.alibi_slopes) score += slope * __builtin_convertvector(lane + int32_t(key - distance), Floats);
+            store_raw(scores + key, score * UNIT<T>);
         }
-        store_raw(scores + key, score);
-        largest = larger(largest, score);
+        scale = 1;
     }
-    const float before = maximum_so_far, now = std::max(before, maximum(largest));
+    auto hide = [&](int64_t key) {
+        const Ints position = lane + int32_t(key);
+        const Ints is_visible = (position >= int32_t(low)) & (position < int32_t(high));
+        store_raw(scores + key, is_visible ? load_raw<Floats>(scores + key) : splat(-INFINITY));
+    };
+    const int64_t visible = (std::max<int64_t>(low, 0) + LANES - 1) / LANES * LANES;
+    for (int64_t key = 0; key < std::min(visible, num_keys); key += LANES) hide(key);
+    for (int64_t key = std::max(visible, high / LANES * LANES); key < num_keys; key += LANES) hide(key);
+    // Two sums and maxima, as each step waits for the one before it.
+    Floats largest = load_raw<Floats>(scores), also = largest;
+    int64_t key = 0;
+    for (; key + 2 * LANES <= num_keys; key += 2 * LANES) {
+        largest = larger(largest, load_raw<Floats>(scores + key));
+        also = larger(also, load_raw<Floats>(scores + key + LANES));
+    }
+    if (key < num_keys) largest = larger(largest, load_raw<Floats>(scores + key));
+    const float before = maximum_so_far, now = std::max(before, maximum(larger(largest, also)) * scale);
     maximum_so_far = now;
     // Nothing visible so far: any finite reference turns the hidden keys into zeros.
     const float reference = now == -INFINITY ? 0.0f : now;
-    Floats total{};
-    for (int64_t key = 0; key < num_keys; key += LANES) {
-        if (ahead) ahead->ask();
-        const Floats p = power<T>(load_raw<Floats>(scores + key) - reference);
+    const auto soften_keys = [&](int64_t key) {
+        const Floats p = power<T>(load_raw<Floats>(scores + key) * scale - reference);
         if constexpr (PAIRS<T>)
             store_raw(reinterpret_cast<uint16_t*>(probabilities) + key, narrow(p, BFloat16{}));
         else
             store_raw(probabilities + key, p);
-        total += p;
+        return p;
+    };
+    Floats total{}, rest{};
+    for (key = 0; key + 2 * LANES <= num_keys; key += 2 * LANES) {
+        if (ahead) ahead->ask();
+        total += soften_keys(key);
+        rest += soften_keys(key + LANES);
     }
+    if (key < num_keys) total += soften_keys(key);
+    total += rest;
     const float factor = before == now ? 1.0f : before == -INFINITY ? 0.0f : power<T>(before - now);
     sum_so_far = sum_so_far * factor + sum(total);
     return factor;
@@ -487,7 +505,8 @@ INLINE void finish(
         return;
     }
     T* to = out + (token * layer.num_heads + head) * head_size;
-    for (int64_t i = 0; i < head_size; i += LANES) store(to + i, load_raw<Floats>(result + i) / sum, head_size - i);
+    const float factor = 1 / sum;
+    for (int64_t i = 0; i < head_size; i += LANES) store(to + i, load_raw<Floats>(result + i) * factor, head_size - i);
 }
 
 // Where `count` tokens from position `begin` on lie for one head; those outside [begin, end) are zeros, as what the cache

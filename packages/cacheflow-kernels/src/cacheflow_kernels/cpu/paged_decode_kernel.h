@@ -377,7 +377,7 @@ void decode(
     float maxima[MAX_DECODE_ROWS], sums[MAX_DECODE_ROWS];
     const int64_t score_lines = lines * SCORE_PERCENT / 100, soften_lines = lines * SOFTEN_PERCENT / 100;
     auto soften_rows = [&] {
-        ahead.spread(soften_lines, group * filled / LANES);
+        ahead.spread(soften_lines, group * (filled / (2 * LANES)));
         for (int64_t row = 0; row < group; row++) {
             maxima[row] = -INFINITY;
             sums[row] = 0;
