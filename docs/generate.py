@@ -20,6 +20,7 @@ from cacheflow import SamplingParams
 from cacheflow.config import EngineConfig, flag_of
 from cacheflow.metrics import COUNTERS, ENGINE_COUNTERS, ENGINE_GAUGES, ENGINE_UP, HISTOGRAMS, PREFIX
 from cacheflow.plugins import GROUPS, find_plugins, load_plugin
+from cacheflow.types import sampling_texts
 
 DOCS = Path(__file__).parent
 OURS = ("cacheflow-engine", "cacheflow-kernels", "cacheflow-openai", "cacheflow-server")
@@ -73,12 +74,10 @@ def options(dataclass_type: type[Any]) -> str:
 
 def sampling_parameters() -> str:
     """The fields of `SamplingParams`, with the words of its docstring."""
-    attributes = (inspect.getdoc(SamplingParams) or "").split("Attributes:\n")[1].split("\n\n")[0]
-    texts = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", attributes, re.DOTALL | re.MULTILINE))
-    rows = []
+    texts, rows = sampling_texts(), []
     for entry in fields(SamplingParams):
         default = entry.default if entry.default_factory is not dict else {}
-        rows.append((f"`{entry.name}`", f"`{default}`", " ".join(texts[entry.name].split())))
+        rows.append((f"`{entry.name}`", f"`{default}`", texts[entry.name]))
     return table(("parameter", "default", "meaning"), rows)
 
 

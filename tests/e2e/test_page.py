@@ -465,6 +465,20 @@ def test_the_theme_is_the_systems_until_it_is_chosen(open_page: Open) -> None:
     expect(page.get_by_role("button", name="Dark theme")).to_have_attribute("aria-pressed", "true")
 
 
+def test_the_map_is_drawn_in_the_colours_of_the_theme(open_page: Open) -> None:
+    page = open_page(color_scheme="dark")
+    has_pixel = """(abgr) => {
+      const canvas = document.getElementById("blocks");
+      const image = canvas.width && canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      return image && new Uint32Array(image.data.buffer).includes(abgr);
+    }"""
+    dark_free, light_free = 0xFF322B26, 0xFFE1E6E6
+    page.wait_for_function(has_pixel, arg=dark_free)
+    page.get_by_role("button", name="Dark theme").click()
+    page.wait_for_function(has_pixel, arg=light_free)
+    assert not page.evaluate(has_pixel, dark_free)
+
+
 def test_nothing_is_animated_for_who_wants_no_motion(open_page: Open) -> None:
     page = open_page(reduced_motion="reduce")
     generate(page, mode="Sampling", max_tokens=200, n=4)

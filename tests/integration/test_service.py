@@ -43,7 +43,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SERVE = """
 import sys
 from cacheflow.config import EngineConfig
-from cacheflow.service.host import serve
+from cacheflow.service.process import serve
 serve(EngineConfig(model=sys.argv[1]), sys.argv[2])
 """
 """What `cacheflow engine --listen` does."""

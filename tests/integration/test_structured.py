@@ -82,6 +82,13 @@ def test_a_bad_structure_fails_alone(llm: LLM) -> None:
     assert [output.error is None for output in outputs] == [True, False, True, False]
 
 
+def test_a_structure_that_no_text_fits_is_refused_in_words(llm: LLM) -> None:
+    loop = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    params = SamplingParams(structured=StructuredOutput(json_schema=loop))
+    with pytest.raises(InvalidRequestError, match="json_schema can't be used: no text fits it"):
+        llm.generate(["Hello"], params, use_tqdm=False, raise_errors=True)
+
+
 def test_a_structure_that_other_parameters_leave_no_token_is_an_invalid_request(llm: LLM) -> None:
     params = SamplingParams(structured=StructuredOutput(regex="[ab]"), allowed_token_ids=[9])
     with pytest.raises(InvalidRequestError, match="allows no token"):

@@ -21,7 +21,7 @@ from cacheflow_kernels.cpu.linear import linear as cpu_linear
 
 SHAPES = ((1, 1), (50, 37), (64, 128), (98, 130), (200, 576))
 """out_features, in_features: whole panels, and outputs that are no multiple of 32 with odd inputs."""
-ROWS = (*range(1, 14), 64, 100)
+ROWS = (*range(1, 14), 17, 32, 33, 47, 64, 100)
 QUANTISED = ("int8", "int4", "int8_dynamic")
 
 
@@ -221,5 +221,5 @@ def test_rows_that_do_not_fit_the_cache_give_what_they_give_alone(level: str, is
     multiply = linear(random(64, 4096, dtype=torch.bfloat16), is_gated=is_gated, implementation="cpu")
     x = random(233, 4096, dtype=torch.bfloat16)
     whole = multiply(x)
-    for start, end in ((0, 1), (90, 110), (95, 233), (232, 233)):
+    for start, end in ((0, 1), (90, 110), (90, 123), (95, 233), (232, 233)):
         assert torch.equal(multiply(x[start:end]), whole[start:end])

@@ -75,6 +75,19 @@ def test_the_loopback_names_may_be_called(host: str) -> None:
     assert ask(EdgeOptions(), host=host).status == 200
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "GZIP"])
+def test_a_compressed_body_is_refused_by_its_name(encoding: str) -> None:
+    answer = ask(EdgeOptions(), content_encoding=encoding, parts=(b"\x1f\x8b\x08",))
+    assert answer.status == 415
+    assert answer.headers["accept-encoding"] == "identity"
+    assert answer.error["code"] == "unsupported_media_type"
+    assert encoding in answer.error["message"]
+
+
+def test_a_body_that_says_it_is_not_encoded_is_taken() -> None:
+    assert ask(EdgeOptions(), content_encoding="Identity").status == 200
+
+
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8001", "10.0.0.7", "[::2]", "127.0.0.1.nip.io"])
 def test_another_host_is_refused_so_that_no_name_can_be_rebound_to_this_server(host: str) -> None:
     answer = ask(EdgeOptions(), host=host)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+
+import pytest
 
 from cacheflow.config import EngineConfig
 from cacheflow.conformance.tiny_model import write_tiny_model
+from cacheflow.errors import ConfigError
 from cacheflow.llm import LLM
 from cacheflow.profile import EXECUTE, Spans, StepProfile, TimedOps, no_span
 from cacheflow.types import SamplingParams
@@ -51,6 +55,38 @@ def test_a_trace_has_every_phase_of_a_step_and_nothing_else_changes(tmp_path: Pa
     assert names >= {"schedule", EXECUTE, "apply", "detokenise", "input", "forward", "forward: attention", "logits", "sample"}
     assert any(name.startswith("forward: linear ") for name in names)
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_spans_of_a_trace_lie_inside_one_another_or_apart(tmp_path: Path) -> None:
+    """Perfetto draws those of one thread as a stack, and drops what overlaps."""
+    config = write_tiny_model(tmp_path)
+    llm = LLM(config.model, dtype="float32", use_dummy_weights=True, trace=str(tmp_path / "trace.json"))
+    llm.generate(prompt_token_ids=[[5, 6, 7]], sampling_params=SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    llm.close()
+    events = [event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    for thread in {event["tid"] for event in events}:
+        ends: list[float] = []
+        for event in sorted((e for e in events if e["tid"] == thread), key=lambda e: (e["ts"], -e["dur"])):
+            while ends and ends[-1] <= event["ts"]:
+                ends.pop()
+            end = event["ts"] + event["dur"]
+            assert not ends or end <= ends[-1] + 1e-3, event
+            ends.append(end)
+
+
+def test_a_trace_that_could_not_be_written_at_the_end_is_refused_at_the_start(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing" / "trace.json"):
+        with pytest.raises(ConfigError, match="--trace .* can't be written"):
+            EngineConfig(trace=str(path))
+
+
+def test_a_trace_that_can_t_be_written_does_not_keep_the_engine_from_closing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profile = StepProfile(str(tmp_path / "gone" / "trace.json"), is_logged=False)
+    with caplog.at_level(logging.ERROR):
+        profile.close()
+    assert "can't be written" in caplog.text
 
 
 def test_attributes_that_are_no_ops_are_passed_through() -> None:

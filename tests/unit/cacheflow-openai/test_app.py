@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
+from cacheflow_openai.models import fingerprint
 
 ORIGIN = {"origin": "https://a.example"}
 MODEL = "facebook/opt-125m"
@@ -84,6 +87,33 @@ def test_a_completion_is_an_openai_object(client: Any) -> None:
     usage = answer["usage"]
     assert usage["completion_tokens"] == 7
     assert usage["total_tokens"] == usage["prompt_tokens"] + 7
+
+
+def test_a_fingerprint_tells_the_model_and_stays_the_same(client: Any, engine: Any) -> None:
+    first, second = (complete(client, prompt="Hello", max_tokens=1)["system_fingerprint"] for _ in range(2))
+    assert first == second
+    assert re.fullmatch("fp_[0-9a-f]{10}", first)
+    assert first != fingerprint(replace(engine.model_info, dtype="int8"))
+
+
+def test_negative_seeds_are_taken_and_differ_from_one_another(client: Any) -> None:
+    texts = [complete(client, prompt="Hello", seed=seed)["choices"][0]["text"] for seed in (-1, -1, -2, -(2**63))]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    assert refusal(client, prompt="Hello", seed=-(2**63) - 1)["param"] == "seed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stream": "yes"}, "stream must be true or false, got 'yes'."),
+        ({"cache_salt": 5}, "cache_salt must be a string, got 5."),
+        ({"prompt": [["a"]]}, "prompt must be a string, a list of token ids, or a list of either, got [['a']]."),
+        ({"stream_options": "x" * 200}, f"stream_options must be an object, got '{'x' * 76}...."),
+    ],
+)
+def test_a_refusal_names_the_field_what_it_may_be_and_what_it_is(client: Any, fields: Any, message: str) -> None:
+    assert refusal(client, **{"prompt": "Hello", **fields})["message"] == message
 
 
 def test_a_null_means_the_default(client: Any, engine: Any) -> None:

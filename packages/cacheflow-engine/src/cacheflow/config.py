@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from cacheflow.errors import ConfigError
@@ -166,6 +167,8 @@ class EngineConfig:
         validate_options(self)
         if self.max_num_seqs > self.max_num_batched_tokens:
             object.__setattr__(self, "max_num_seqs", self.max_num_batched_tokens)
+        if self.trace is not None and (Path(self.trace).is_dir() or not Path(self.trace).parent.is_dir()):
+            raise ConfigError(f"--trace {self.trace} can't be written: it must be a file in a folder that is there.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:

@@ -114,7 +114,8 @@ class Guard:
 
     It answers all others itself, in this order: too large headers 431, a Host that is not this server's 403, a web page of
     another origin 403 (CORS preflights of allowed origins are answered here too), no valid key 401 on every path that is not
-    named open, a too large body 413. All answers to allowed origins carry CORS headers, those to errors included.
+    named open, a compressed body 415, a too large one 413. All answers to allowed origins carry CORS headers, those to errors
+    included.
     A body that takes too long, or turns out to be too large, ends `app`'s `receive` with an `InvalidRequestError`.
 
     Every answer has the header `x-request-id`: the client's own, or one that is drawn. `scope["state"]["request_id"]` is what
@@ -202,6 +203,12 @@ class Guard:
         return ErrorAnswer(401, document, {"www-authenticate": "Bearer"})
 
     def _refuse_body(self, headers: _Headers) -> ErrorAnswer | None:
+        encoding = (headers.get("content-encoding") or "identity").strip()
+        if encoding.lower() != "identity":
+            # A small one could become very large, and no client compresses requests unless it is told to.
+            message = f"Bodies are read as they are, not as {encoding[:MAX_SHOWN]!r}. Send it without a Content-Encoding."
+            document = error_document(message, "invalid_request_error", code="unsupported_media_type")
+            return ErrorAnswer(415, document, {"accept-encoding": "identity"})
         length = headers.get("content-length") or ""
         if length.isdecimal() and int(length[:20]) > self._options.max_body_bytes:
             return answer_for(BodyTooLargeError(self._options.max_body_bytes))

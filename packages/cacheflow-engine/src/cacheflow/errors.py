@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+MAX_SHOWN = 80
+"""Characters of a value that a message shows."""
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: as Python writes it, and not too much of it."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
 
 class CacheflowError(Exception):
     """The parent of every error that cacheflow raises on purpose."""

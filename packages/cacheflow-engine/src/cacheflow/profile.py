@@ -145,11 +145,16 @@ class StepProfile(Spans):
         self._add(self.take(), 0)
         if self._is_logged and self._num_steps:
             logger.info("%s", self.table())
-        if self._trace is not None:
-            with self._trace.open("w", encoding="utf-8") as file:
+        path, self._trace = self._trace, None
+        if path is None:
+            return
+        try:
+            with path.open("w", encoding="utf-8") as file:
                 json.dump({"traceEvents": list(self._trace_events()), "displayTimeUnit": "ms"}, file)
-            logger.info("The trace of %d spans is in %s: open it at ui.perfetto.dev.", len(self._events), self._trace)
-            self._trace = None
+        except OSError as error:  # A full disk is no reason for the engine to end otherwise than in order.
+            logger.error("The trace can't be written to %s: %s.", path, error)
+        else:
+            logger.info("The trace of %d spans is in %s: open it at ui.perfetto.dev.", len(self._events), path)
 
     def _add(self, spans: Iterable[Span], thread: int) -> None:
         for name, start, duration in spans:

@@ -5,12 +5,14 @@ Plain frozen dataclasses, validated when they are made. This module knows no tex
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from cacheflow.errors import InvalidRequestError
+from cacheflow.errors import InvalidRequestError, shown
 
 MAX_N = 128
 """Most sequences of one request: bounds what one client can make the engine hold."""
@@ -37,9 +39,7 @@ FINISH_ERROR = "error"
 
 def _check(name: str, value: Any, valid: bool, allowed: str) -> None:
     if not valid:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise InvalidRequestError(f"{name} must be {allowed}, got {shown}.", param=name)
+        raise InvalidRequestError(f"{name} must be {allowed}, got {shown(value)}.", param=name)
 
 
 def _is_int(value: Any) -> bool:
@@ -331,6 +331,13 @@ def _structured_from(values: Mapping[Any, Any]) -> StructuredOutput:
 
 SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
 """The names of all sampling parameters, for frontends that accept them by name."""
+
+
+def sampling_texts() -> dict[str, str]:
+    """What each sampling parameter is, in the words of the docstring. Under `python -OO`, which drops those, nothing."""
+    attributes = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    texts = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", attributes, re.DOTALL | re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in texts}
 
 
 Logprobs = dict[int, float]

@@ -18,6 +18,7 @@ from cacheflow.types import FINISH_STOP, CompletionOutput, RequestOutput
 from cacheflow_openai.chat_schema import ChatRequest
 from cacheflow_openai.fields import schema_errors_named
 from cacheflow_openai.logprobs import chat_logprobs
+from cacheflow_openai.models import fingerprint
 from cacheflow_openai.outputs import has_deltas, outputs_of, usage_of
 from cacheflow_openai.prompts import check_room, render
 from cacheflow_openai.tool_calls import BEGIN, CallDelta, Parsed, ToolCallParser, new_call_id
@@ -116,7 +117,7 @@ async def complete(
         }
         for index, message in enumerate(messages)
     ]
-    return {**_head("chat.completion", model, request_id), "choices": choices, "usage": run.usage()}
+    return {**_head("chat.completion", engine, model, request_id), "choices": choices, "usage": run.usage()}
 
 
 async def stream(
@@ -127,7 +128,7 @@ async def stream(
     Raises:
         CacheflowError: The messages can't be served, or the request failed.
     """
-    head = _head("chat.completion.chunk", model, request_id)
+    head = _head("chat.completion.chunk", engine, model, request_id)
     usage = {"usage": None} if request.include_usage else {}
 
     def chunk(delta: Delta, gained: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -254,5 +255,11 @@ def _call_chunk(call: CallDelta) -> dict[str, Any]:
     }
 
 
-def _head(kind: str, model: str, request_id: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": model}
+def _head(kind: str, engine: AsyncLLMServer, model: str, request_id: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint(engine.model_info),
+    }

@@ -14,7 +14,7 @@ from typing import Any
 
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
-from cacheflow.types import SAMPLING_FIELDS, SamplingParams, StructuredOutput
+from cacheflow.types import SamplingParams, StructuredOutput
 from cacheflow_openai.fields import (
     check_stop,
     choice,
@@ -23,6 +23,8 @@ from cacheflow_openai.fields import (
     ignored,
     include_usage,
     mapping,
+    must_be,
+    sampling_fields,
     schema,
     schema_errors_named,
     string,
@@ -120,7 +122,7 @@ def parse_chat(document: Mapping[str, Any]) -> ChatRequest:
     tool_choice = parse_tool_choice(values.get("tool_choice"), tools)
     top_logprobs = _top_logprobs(values)
     check_stop(values)
-    sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in NO_SAMPLING_FIELDS}
+    sampling = sampling_fields(values, NO_SAMPLING_FIELDS)
     limit_param = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
     sampling |= {"logprobs": top_logprobs, "max_tokens": whole(values, limit_param, 1)}
     max_calls = MAX_CALLS if flag(values, "parallel_tool_calls", True) else 1
@@ -152,14 +154,18 @@ def parse_messages(messages: Any) -> list[dict[str, Any]]:
     Raises:
         InvalidRequestError: Naming the first message that is none.
     """
-    if not isinstance(messages, list) or not messages or len(messages) > MAX_MESSAGES:
-        raise InvalidRequestError(f"messages must be a list of 1 to {MAX_MESSAGES} messages.", param="messages")
+    if not isinstance(messages, list) or not messages:
+        raise must_be("messages", f"a list of 1 to {MAX_MESSAGES} messages", messages)
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"messages has {len(messages)} entries; at most {MAX_MESSAGES} go into one request.", param="messages"
+        )
     return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
 def _message(message: Any, param: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise InvalidRequestError(f"{param} must be an object with role and content.", param=param)
+        raise must_be(param, "an object with role and content", message)
     values = given(message)
     role = choice(values, "role", ROLES, "", f"{param}.")
     calls = values.get("tool_calls", [])
@@ -194,12 +200,12 @@ def text_of(content: Any, kinds: Sequence[str], param: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise InvalidRequestError(f"{param} must be a string or a list of parts.", param=param)
+        raise must_be(param, "a string or a list of parts", content)
     for part in content:
         if part.get("type") not in kinds or not isinstance(part.get("text"), str):
             kind = str(part.get("type"))[:40]
             raise InvalidRequestError(
-                f"{param} has a part of type {kind!r}; this model reads text only: type {' or '.join(kinds)}, and text.",
+                f"{param} has a part of type {kind!r}; this model reads only parts of type {' or '.join(kinds)}, with a text.",
                 param=param,
             )
     return "\n".join(part["text"] for part in content)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cacheflow.text import Tokenizer
 from cacheflow.types import FINISH_LENGTH, CompletionOutput, RequestOutput
 from cacheflow_openai.logprobs import TokenLog, by_id
+from cacheflow_openai.models import fingerprint
 from cacheflow_openai.outputs import has_deltas, outputs_of, usage_of
 from cacheflow_openai.prompts import check_room, tokenise
 from cacheflow_openai.schema import CompletionRequest
@@ -29,7 +30,7 @@ async def complete(engine: AsyncLLMServer, request: CompletionRequest, model: st
     """
     prompts = await _prompts(engine, request)
     finals = {n: output async for n, output in outputs_of(engine, prompts, request.params, request.cache_salt, request_id)}
-    answer = _Answer(engine.tokenizer, request, model, request_id)
+    answer = _Answer(engine, request, model, request_id)
     chunks = [chunk for number in sorted(finals) for chunk in answer.choices(number, finals[number])]
     return {**answer.head, "choices": chunks, "usage": answer.usage()}
 
@@ -42,7 +43,7 @@ async def stream(
     Raises:
         CacheflowError: A prompt can't be served, or failed.
     """
-    answer = _Answer(engine.tokenizer, request, model, request_id)
+    answer = _Answer(engine, request, model, request_id)
     usage = {"usage": None} if request.include_usage else {}
     prompts = await _prompts(engine, request)
     async with aclosing(outputs_of(engine, prompts, request.params, request.cache_salt, request_id)) as outputs:
@@ -64,9 +65,15 @@ async def _prompts(engine: AsyncLLMServer, request: CompletionRequest) -> list[l
 class _Answer:
     """One answer in the making: what its chunks share, and how much of each choice has been written."""
 
-    def __init__(self, tokenizer: Tokenizer, request: CompletionRequest, model: str, request_id: str) -> None:
-        self.head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": model}
-        self._tokenizer = tokenizer
+    def __init__(self, engine: AsyncLLMServer, request: CompletionRequest, model: str, request_id: str) -> None:
+        self.head = {
+            "id": f"cmpl-{request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint(engine.model_info),
+        }
+        self._tokenizer = engine.tokenizer
         self._request = request
         self._choices: dict[int, _Choice] = {}
         self._latest: dict[int, RequestOutput] = {}

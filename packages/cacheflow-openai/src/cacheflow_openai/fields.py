@@ -10,10 +10,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cacheflow.errors import InvalidRequestError
+from cacheflow.errors import InvalidRequestError, shown
 from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS
 
 MAX_STOP_STRINGS = 4
+"""OpenAI's limit."""
+MIN_SEED = -(2**63)
 """OpenAI's limit."""
 MAX_SCHEMA_BYTES = MAX_STRUCTURE_BYTES
 """Longest JSON schema of a response format or a tool."""
@@ -29,6 +31,11 @@ def ignored(document: Mapping[str, Any], known: Collection[str]) -> list[str]:
     return [name for name in document if name not in known and name not in SAMPLING_FIELDS]
 
 
+def must_be(name: str, allowed: str, value: Any) -> InvalidRequestError:
+    """The error that says what a field must be, and what it is."""
+    return InvalidRequestError(f"{name} must be {allowed}, got {shown(value)}.", param=name)
+
+
 def flag(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
     """A field that is true or false.
 
@@ -37,7 +44,7 @@ def flag(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
     """
     value = values.get(name, default)
     if not isinstance(value, bool):
-        raise InvalidRequestError(f"{name} must be true or false.", param=name)
+        raise must_be(name, "true or false", value)
     return value
 
 
@@ -49,7 +56,7 @@ def string(values: Mapping[str, Any], name: str) -> str | None:
     """
     value = values.get(name)
     if value is not None and not isinstance(value, str):
-        raise InvalidRequestError(f"{name} must be a string.", param=name)
+        raise must_be(name, "a string", value)
     return value
 
 
@@ -63,7 +70,7 @@ def whole(values: Mapping[str, Any], name: str, low: int, high: int | None = Non
     # `type`, because a bool is an int too.
     if value is not None and (type(value) is not int or value < low or (high is not None and value > high)):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise InvalidRequestError(f"{name} must be a whole number {allowed}.", param=name)
+        raise must_be(name, f"a whole number {allowed}", value)
     return value
 
 
@@ -82,7 +89,7 @@ def choice(values: Mapping[str, Any], name: str, allowed: Collection[str], defau
     """
     value = values.get(name, default)
     if not isinstance(value, str) or value not in allowed:
-        raise InvalidRequestError(f"{place}{name} must be one of {', '.join(allowed)}.", param=f"{place}{name}")
+        raise must_be(f"{place}{name}", f"one of {', '.join(allowed)}", value)
     return value
 
 
@@ -96,7 +103,7 @@ def texts_or_ids(values: Mapping[str, Any], name: str, most: int) -> list[str | 
     if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
         value = [value]
     if not isinstance(value, list) or not value or not all(isinstance(entry, str) or is_ids(entry) for entry in value):
-        raise InvalidRequestError(f"{name} must be a string, a list of token ids, or a list of either.", param=name)
+        raise must_be(name, "a string, a list of token ids, or a list of either", value)
     if len(value) > most:
         raise InvalidRequestError(
             f"{name} has {len(value)} entries; at most {most} go into one request. Send several.", param=name
@@ -117,7 +124,7 @@ def mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     value = values.get(name, {})
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"{name} must be an object.", param=name)
+        raise must_be(name, "an object", value)
     return value
 
 
@@ -144,6 +151,15 @@ def check_stop(values: Mapping[str, Any]) -> None:
         raise InvalidRequestError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", param="stop")
 
 
+def sampling_fields(values: Mapping[str, Any], left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Those of the fields that are sampling parameters. OpenAI's seeds may be negative: each stands for one of the engine's."""
+    sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in left_out}
+    seed = sampling.get("seed")
+    if type(seed) is int and MIN_SEED <= seed < 0:
+        sampling["seed"] = seed - MIN_SEED
+    return sampling
+
+
 @contextmanager
 def schema_errors_named(param: str | None) -> Iterator[None]:
     """What is found wrong with a `json_schema` inside is told of the field `param` that it comes from.
@@ -166,7 +182,7 @@ def schema(value: Any, param: str) -> dict[str, Any]:
         InvalidRequestError: It is no object, or too long.
     """
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"{param} must be a JSON schema, which is an object.", param=param)
+        raise must_be(param, "a JSON schema, which is an object", value)
     num_bytes = len(json.dumps(value).encode())
     if num_bytes > MAX_SCHEMA_BYTES:
         raise InvalidRequestError(

@@ -22,7 +22,7 @@ from cacheflow.types import (
 )
 from cacheflow_openai.chat_schema import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, MAX_TOOLS, MAX_TOP_LOGPROBS, ROLES
 from cacheflow_openai.embeddings import MAX_INPUTS
-from cacheflow_openai.fields import MAX_STOP_STRINGS
+from cacheflow_openai.fields import MAX_STOP_STRINGS, MIN_SEED
 from cacheflow_openai.schema import MAX_PROMPTS
 
 Schema = dict[str, Any]
@@ -33,8 +33,9 @@ ERRORS = {
     403: "A Host or an Origin that is not allowed.",
     404: "No such model.",
     405: "A method that the route doesn't have.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The body is not called JSON.",
+    415: "The body is not called JSON, or it is compressed.",
     431: "The headers are too large.",
     500: "The request failed.",
     503: "The engine is overloaded, loading or ending; Retry-After says when to try again.",
@@ -83,7 +84,7 @@ SAMPLING: dict[str, Schema] = {
     "top_p": _nullable("number", exclusiveMinimum=0, maximum=1),
     "top_k": _whole(-1, 2**31 - 1),
     "min_p": _number(0, 1),
-    "seed": _whole(0, 2**63 - 1),
+    "seed": _whole(MIN_SEED, 2**63 - 1),
     "use_beam_search": FLAG,
     "length_penalty": _number(-10, 10),
     "early_stopping": {"type": ["boolean", "string", "null"]},

@@ -11,7 +11,6 @@ from typing import Any
 
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
-from cacheflow.types import SAMPLING_FIELDS
 from cacheflow_openai.chat_schema import (
     MAX_CALLS,
     MAX_MESSAGES,
@@ -26,7 +25,7 @@ from cacheflow_openai.chat_schema import (
     text_of,
     with_structure,
 )
-from cacheflow_openai.fields import check_stop, choice, flag, given, ignored, mapping, string, whole
+from cacheflow_openai.fields import check_stop, choice, flag, given, ignored, mapping, sampling_fields, string, whole
 
 OWN_FIELDS = (
     "model", "input", "instructions", "max_output_tokens", "top_logprobs", "include", "stream", "text", "tools", "tool_choice",
@@ -80,7 +79,7 @@ def parse_response(document: Mapping[str, Any]) -> ResponseRequest:
     tool_choice = parse_tool_choice(_chat_tool(sent_choice) if isinstance(sent_choice, dict) else sent_choice, tools)
     max_calls = MAX_CALLS if flag(values, "parallel_tool_calls", True) else 1
     top_logprobs = _top_logprobs(values)
-    sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in REFUSED_FIELDS}
+    sampling = sampling_fields(values, REFUSED_FIELDS)
     sampling |= {"max_tokens": whole(values, "max_output_tokens", 1), "logprobs": top_logprobs}
     text = mapping(values, "text")
     structured = parse_response_format(mapping(given(text), "format"), "text.format")

@@ -10,8 +10,8 @@ from typing import Any
 
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
-from cacheflow.types import SAMPLING_FIELDS, SamplingParams
-from cacheflow_openai.fields import check_stop, flag, given, ignored, include_usage, string, texts_or_ids
+from cacheflow.types import SamplingParams
+from cacheflow_openai.fields import check_stop, flag, given, ignored, include_usage, sampling_fields, string, texts_or_ids
 
 MAX_PROMPTS = 128
 """Most prompts of one request."""
@@ -59,7 +59,7 @@ def parse(document: dict[str, Any]) -> CompletionRequest:
         raise InvalidRequestError("suffix is not supported: this model completes texts at their end only.", param="suffix")
     check_stop(values)
     echo, stream = flag(values, "echo"), flag(values, "stream")
-    sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS}
+    sampling = sampling_fields(values)
     # `type`: a false must be refused like any other value that is no number.
     is_score_only = type(sampling.get("max_tokens")) is int and sampling["max_tokens"] == 0
     if is_score_only and not echo:

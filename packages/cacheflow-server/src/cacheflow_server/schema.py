@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cacheflow.asgi import sampling_params
 from cacheflow.errors import InvalidRequestError
-from cacheflow.types import SAMPLING_FIELDS, SamplingParams
+from cacheflow.types import SAMPLING_FIELDS, SamplingParams, sampling_texts
 
 LOST_FIELDS = ("prompt_logprobs",)
 """Sampling parameters whose results have no place in an answer."""
@@ -78,16 +76,14 @@ def _json_schema(hint: Any) -> dict[str, Any]:
 
 def _properties() -> dict[str, Any]:
     """The sampling parameters as JSON Schema, with the words of their docstring."""
-    words = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    texts = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", words, re.DOTALL | re.MULTILINE))
-    hints, properties = get_type_hints(SamplingParams), {}
+    texts, hints, properties = sampling_texts(), get_type_hints(SamplingParams), {}
     for entry in fields(SamplingParams):
         if entry.name not in LOST_FIELDS:
             default = {} if entry.default_factory is dict else entry.default
             properties[entry.name] = {
                 **_json_schema(hints[entry.name]),
                 "default": list(default) if isinstance(default, tuple) else default,
-                "description": " ".join(texts.get(entry.name, "").split()),
+                "description": texts.get(entry.name, ""),
             }
     return properties
 
@@ -167,6 +163,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
             403: "The Host or the Origin is not allowed.",
             408: "The body did not arrive in time.",
             413: "The body is too large.",
+            415: "The body is compressed.",
             431: "The headers are too large.",
             500: "The request failed.",
             503: "The engine is overloaded, loading, ending or gone; Retry-After may say when to try again.",

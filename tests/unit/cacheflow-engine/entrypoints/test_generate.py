@@ -10,16 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cacheflow.entrypoints.generate import (
-    OFF_THE_COMMAND_LINE,
-    OutputFile,
-    Prompt,
-    Terminal,
-    generate,
-    read_prompts,
-    run_of,
-    with_seeds,
-)
+from cacheflow.entrypoints.generate import Terminal, generate
+from cacheflow.entrypoints.output_file import OutputFile
+from cacheflow.entrypoints.prompt_file import Prompt, read_prompts, run_of, with_seeds
+from cacheflow.entrypoints.sampling_options import OFF_THE_COMMAND_LINE
 from cacheflow.errors import ConfigError
 from cacheflow.types import CompletionOutput, RequestOutput, SamplingParams
 

@@ -37,8 +37,9 @@ from cacheflow.service import host as host_module
 from cacheflow.service import wire
 from cacheflow.service.backlog import Backlog
 from cacheflow.service.client import EngineClient
-from cacheflow.service.host import Host, bind
+from cacheflow.service.host import Host
 from cacheflow.service.keys import EngineKey
+from cacheflow.service.process import _Reception, bind
 from cacheflow.types import EngineRequest, EngineStats, RequestUpdate, SamplingParams
 
 ENDLESS = 19_000
@@ -821,10 +822,10 @@ def test_an_error_of_the_connections_keeper_ends_streams_instead_of_leaving_them
 
 
 @contextlib.contextmanager
-def reception_at(address: str) -> Iterator[tuple[zmq.Socket[bytes], host_module._Reception]]:
+def reception_at(address: str) -> Iterator[tuple[zmq.Socket[bytes], _Reception]]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = bind(context, address)
-    reception = host_module._Reception(router)
+    reception = _Reception(router)
     try:
         yield router, reception
     finally:

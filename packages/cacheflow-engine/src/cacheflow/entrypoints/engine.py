@@ -39,7 +39,7 @@ from cacheflow.entrypoints.options import build, options_from
 def engine(address: str, key_file: str | None, drain_timeout: float, **options: Any) -> None:
     """Run the engine alone, until SIGTERM or Ctrl-C; the model stays loaded while frontends come and go."""
     config = build(EngineConfig, options)
-    from cacheflow.service.host import serve
+    from cacheflow.service.process import serve
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cacheflow").setLevel(logging.INFO)

@@ -1,5 +1,5 @@
 """`python -m cacheflow.service`: the supervised engine process. For one of your own there is `cacheflow engine`."""
 
-from cacheflow.service.host import main
+from cacheflow.service.process import main
 
 main()

@@ -22,7 +22,7 @@ from cacheflow.config import EngineConfig
 from cacheflow.errors import EngineDeadError
 from cacheflow.service import wire
 from cacheflow.service.client import EngineClient
-from cacheflow.service.host import Startup
+from cacheflow.service.process import Startup
 
 logger = logging.getLogger(__name__)
 

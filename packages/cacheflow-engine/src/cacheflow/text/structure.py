@@ -89,6 +89,8 @@ def check_structure(structure: StructuredOutput) -> None:
 def refusal(structure: StructuredOutput, reason: str) -> InvalidRequestError:
     """The error that says that this structure can't be had."""
     name = kind_of(structure)
+    if reason.startswith("NoExtension"):  # So the library says that it has come to where nothing can follow.
+        reason = "no text fits it, or none goes on from what has been generated"
     return InvalidRequestError(f"{name} can't be used: {' '.join(reason.split())[:500]}", param=name)
 
 

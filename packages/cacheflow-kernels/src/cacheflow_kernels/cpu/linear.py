@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cacheflow_kernels import reference
-from cacheflow_kernels.cpu import library
+from cacheflow_kernels.cpu import library, weight_memory
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of activations, results and plain weights."""
@@ -78,7 +78,7 @@ def linear(
         num_groups = -(-strips.shape[3] // group_size)
         scales = _by_strip(group_scales, is_gated, num_groups)
         if group_minimums is None:
-            packed = strips.transpose(2, 3).contiguous()
+            packed = strips.transpose(2, 3)
         else:
             minimums = _by_strip(group_minimums, is_gated, num_groups)
             eights = strips.to(torch.int32).unflatten(3, (-1, 4, 2)).transpose(2, 3)
@@ -86,7 +86,8 @@ def linear(
                 (4, 5), dtype=torch.int32
             )
     offsets = None if bias is None else _panels(bias.float(), is_gated)
-    owned = (packed, scales, minimums, sums, offsets)
+    parts = (packed, scales, minimums, sums, offsets)
+    owned = tuple(None if part is None else weight_memory.place(part) for part in parts)
     description = _Linear(
         *(None if tensor is None else tensor.data_ptr() for tensor in owned),
         num_panels=packed.shape[0],
@@ -140,13 +141,13 @@ def _panels(rows: Tensor, is_gated: bool) -> Tensor:
 def _by_strip(groups: Tensor, is_gated: bool, num_groups: int) -> Tensor:
     """`[out_features, groups]` → `[num_panels, 2, num_groups, 16]`, padded with zeros."""
     panels = _padded(_panels(groups, is_gated), 2, num_groups)
-    return panels.reshape(-1, 2, _STRIP, num_groups).transpose(2, 3).contiguous()
+    return panels.reshape(-1, 2, _STRIP, num_groups).transpose(2, 3)
 
 
 def _interleave(panels: Tensor, step: int) -> Tensor:
     """`[num_panels, 32, k]` → `[num_panels, k / step, 32, step]`, padded with zeros: a column's next k beside each other."""
     num_panels, num_columns, _ = panels.shape
-    return _padded(panels, 2, step * _ITEMS).reshape(num_panels, num_columns, -1, step).transpose(1, 2).contiguous()
+    return _padded(panels, 2, step * _ITEMS).reshape(num_panels, num_columns, -1, step).transpose(1, 2)
 
 
 def _padded(tensor: Tensor, axis: int, multiple: int) -> Tensor:

@@ -230,13 +230,14 @@ static void sum_groups(const void* row, int64_t size, int64_t group_size, float*
 
 // Adds a group's products, of integers, to the sums: times the scale, and the minimum times the sum of the row's numbers.
 template <int ROWS, bool IS_INT4, class Part>
-INLINE void add_group(const Strip<IS_INT4>& strip, int64_t group, const float* row_sums, const Part& part, Floats* sum) {
-    const Floats scale = load(strip.scales + group * STRIP);
-    const Floats minimum = IS_INT4 ? load(strip.minimums + group * STRIP) : Floats{};
+INLINE void add_group(
+    const Float16* scales, const Float16* minimums, const float* row_sums, int64_t num_groups, const Part& part, Floats* sum) {
+    const Floats scale = load(scales);
+    const Floats minimum = IS_INT4 ? load(minimums) : Floats{};
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; row++) {
         sum[row] = multiply_add(part(row), scale, sum[row]);
-        if (IS_INT4) sum[row] = multiply_add(minimum, splat(row_sums[row * strip.num_groups + group]), sum[row]);
+        if (IS_INT4) sum[row] = multiply_add(minimum, splat(row_sums[row * num_groups]), sum[row]);
     }
 }
 
@@ -267,20 +268,23 @@ static void grouped_tile(
                 for (int row = 0; row < ROWS; row++)
                     part[row] = (Floats)add_products((__m512)part[row], pairs[i], x[row * stride + i]);
         }
-        add_group<ROWS>(strip, g, row_sums, [&](int row) __attribute__((always_inline)) { return part[row]; }, sum);
+        add_group<ROWS, IS_INT4>(
+            strip.scales + g * STRIP, strip.minimums + g * STRIP, row_sums + g, strip.num_groups,
+            [&](int row) __attribute__((always_inline)) { return part[row]; }, sum);
     }
     store_strip<ROWS>(c + s * STRIP, sum);
 }
 
-// 32 k of a strip as the matrix unit takes them.
+// 32 k of a strip as the matrix unit takes them. Meanwhile as many are asked for that lie `ahead` bytes from there.
 constexpr int UNIT_K = 32, UNIT_BYTES = UNIT_K * STRIP * 2;
 template <bool IS_INT4>
-INLINE void unpack_unit(const uint8_t* block, int64_t panel_bytes, char* out) {
+INLINE void unpack_unit(const uint8_t* block, int64_t ahead, char* out) {
 #pragma GCC unroll 4
     for (int i = 0; i < UNIT_K / 8; i++, block += Strip<IS_INT4>::BLOCK_BYTES) {
         __m512i pairs[4];
         load_pairs<IS_INT4>(block, pairs);
-        fetch((const char*)block + panel_bytes);
+        _mm_prefetch((const char*)block + ahead, _MM_HINT_T1);
+        if (!IS_INT4) _mm_prefetch((const char*)block + ahead + 64, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) _mm512_store_si512(out + (4 * i + j) * 64, pairs[j]);
     }
@@ -296,30 +300,27 @@ static void unpack_for_unit(const Linear& l, int64_t panel, char* out) {
     }
 }
 
+// What is stored takes a while until the matrix unit can read it, and what that stores until it can be read: 32 k are unpacked,
+// those DELAY before them multiplied, and the group that ends as many before these added. In order, one row took twice as long.
+constexpr int DELAY = 2, RING = 4;
+
 // Strip S of a panel's products by the matrix unit, which linear_matrix_unit.h prepares: register 0 is for sums, 4 for
-// activations, 6 for weights. `unpacked` is what unpack_for_unit made, or null: a single tile of rows unpacks as it goes.
+// activations, 6 for weights. `unpacked` is what unpack_for_unit made.
 template <int ROWS, bool IS_INT4>
 static void grouped_unit(
     const Linear& l, int64_t panel, int s, const int32_t* rows, int64_t stride, const float* row_sums, const char* unpacked,
     float* c) {
-    // What is stored takes a while until the unit can read it, and what the unit stores until it can be read: 32 k are unpacked,
-    // those DELAY before them multiplied, and the group that ends as many before these added. In order, one row took twice as long.
-    constexpr int DELAY = 2, RING = 4;
-    alignas(64) char units[RING][UNIT_BYTES];
     alignas(64) float parts[RING][16 * STRIP];
     const Strip<IS_INT4> strip(l, panel, s);
-    const int64_t panel_bytes = strip.size / 4 * strip.BLOCK_BYTES, num_units = strip.size / UNIT_K;
-    const int64_t group_units = strip.group_size / UNIT_K;
+    const int64_t num_units = strip.size / UNIT_K, group_units = strip.group_size / UNIT_K;
     int64_t multiplied = 0, added = 0, units_to_multiply = group_units, units_to_add = group_units;
     Floats sum[ROWS] = {};
-    for (int64_t ahead = 0; ahead < num_units + 2 * DELAY; ahead++) {
-        if (!unpacked && ahead < num_units)
-            unpack_unit<IS_INT4>(strip.weight + ahead * (UNIT_K / 8) * strip.BLOCK_BYTES, panel_bytes, units[ahead % RING]);
-        const int64_t unit = ahead - DELAY, behind = unit - DELAY;
-        if (unit >= 0 && unit < num_units) {
+    for (int64_t unit = 0; unit < num_units + DELAY; unit++) {
+        const int64_t behind = unit - DELAY;
+        if (unit < num_units) {
             if (units_to_multiply == group_units) _tile_zero(0);
             _tile_loadd(4, rows + unit * (UNIT_K / 2), stride * 4);
-            _tile_loadd(6, unpacked ? unpacked + (s * num_units + unit) * UNIT_BYTES : units[unit % RING], 64);
+            _tile_loadd(6, unpacked + (s * num_units + unit) * UNIT_BYTES, 64);
             _tile_dpbf16ps(0, 4, 6);
             if (--units_to_multiply == 0 || unit == num_units - 1) {
                 _tile_stored(0, parts[multiplied++ % RING], 4 * STRIP);
@@ -328,13 +329,84 @@ static void grouped_unit(
         }
         if (behind >= 0 && (--units_to_add == 0 || behind == num_units - 1)) {
             const float* part = parts[added % RING];
-            add_group<ROWS>(
-                strip, added, row_sums, [&](int row) __attribute__((always_inline)) { return load(part + row * STRIP); }, sum);
+            add_group<ROWS, IS_INT4>(
+                strip.scales + added * STRIP, strip.minimums + added * STRIP, row_sums + added, strip.num_groups,
+                [&](int row) __attribute__((always_inline)) { return load(part + row * STRIP); }, sum);
             added++;
             units_to_add = group_units;
         }
     }
     store_strip<ROWS>(c + s * STRIP, sum);
+}
+
+static void finish(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, void* out);
+
+// Counts the 32 k of strips that follow one another, and says where a group or a strip ends.
+struct Place {
+    const int64_t group_units, num_units;
+    int64_t unit = 0, in_group = 0;
+
+    bool begins_group() const { return in_group == 0; }
+    bool ends_strip() const { return unit == num_units - 1; }
+    bool ends_group() const { return in_group == group_units - 1 || ends_strip(); }
+    void next() {
+        in_group = ends_group() ? 0 : in_group + 1;
+        unit = ends_strip() ? 0 : unit + 1;
+    }
+};
+
+// A single tile of rows times the panels from `begin` to before `end`, in the same way. Weights, scales and minimums are read
+// from memory in the order in which they lie, without a pause where a strip or panel ends.
+template <int ROWS, bool IS_INT4>
+static void grouped_stream(
+    const Linear& l, int64_t begin, int64_t end, const int32_t* rows, int64_t stride, const float* row_sums, void* out) {
+    alignas(64) char units[RING][UNIT_BYTES];
+    alignas(64) float parts[RING][16 * STRIP], c[ROWS * PANEL];
+    const Strip<IS_INT4> strip(l, begin, 0);
+    const uint8_t* block = strip.weight;
+    const Float16 *scales = strip.scales, *minimums = strip.minimums;
+    const int64_t group_units = strip.group_size / UNIT_K, num_units = strip.size / UNIT_K;
+    const int64_t count = 2 * (end - begin) * num_units;
+    Place multiplied{group_units, num_units}, added{group_units, num_units};
+    int64_t panel = begin, group = 0, num_multiplied = 0, num_added = 0;
+    int s = 0;
+    Floats sum[ROWS] = {};
+    for (int64_t ahead = 0; ahead < count + 2 * DELAY; ahead++) {
+        if (ahead < count) {
+            unpack_unit<IS_INT4>(block, STREAM_AHEAD, units[ahead % RING]);
+            block += UNIT_K / 8 * strip.BLOCK_BYTES;
+        }
+        const int64_t unit = ahead - DELAY;
+        if (unit >= 0 && unit < count) {
+            if (multiplied.begins_group()) _tile_zero(0);
+            _tile_loadd(4, rows + multiplied.unit * (UNIT_K / 2), stride * 4);
+            _tile_loadd(6, units[unit % RING], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if (multiplied.ends_group()) _tile_stored(0, parts[num_multiplied++ % RING], 4 * STRIP);
+            multiplied.next();
+        }
+        if (unit < DELAY) continue;
+        if (added.ends_group()) {
+            const float* part = parts[num_added++ % RING];
+            _mm_prefetch((const char*)scales + SCALES_AHEAD, _MM_HINT_T1);
+            if (IS_INT4) _mm_prefetch((const char*)minimums + SCALES_AHEAD, _MM_HINT_T1);
+            add_group<ROWS, IS_INT4>(
+                scales, minimums, row_sums + group, strip.num_groups,
+                [&](int row) __attribute__((always_inline)) { return load(part + row * STRIP); }, sum);
+            scales += STRIP;
+            if (IS_INT4) minimums += STRIP;
+            group++;
+        }
+        if (added.ends_strip()) {
+            store_strip<ROWS>(c + s * STRIP, sum);
+#pragma GCC unroll 16
+            for (int row = 0; row < ROWS; row++) sum[row] = Floats{};
+            group = 0;
+            s = 1 - s;
+            if (s == 0) finish(l, panel++, ROWS, nullptr, c, out);
+        }
+        added.next();
+    }
 }
 
 #endif
@@ -421,45 +493,67 @@ INLINE Floats reciprocal(Floats x) {
     return 1.0f / x;
 }
 
-// Sums of whole numbers become numbers: less what BYTE_OFFSET added, times both scales. Then bias, activation and rounding;
-// writes those columns of the panel that exist.
+// What happens to a panel's sums. Those of whole numbers become numbers: less what BYTE_OFFSET added, times both scales. Then bias,
+// activation and rounding. Multiplied and added by one instruction, wherever this is inlined, so that no bit depends on it.
 template <class T, bool IS_INTEGER>
-INLINE void finish_as(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
-    const int columns = l.is_gated ? PANEL / 2 : PANEL;
-    const int64_t start = panel * columns, end = l.out_features - start < columns ? l.out_features - start : columns;
-    Ints extra[PANEL / LANES];
-    Floats column_scale[PANEL / LANES];
-    if (IS_INTEGER)
+struct PanelEnd {
+    Floats bias[PANEL / LANES] = {}, column_scale[PANEL / LANES] = {};
+    Ints extra[PANEL / LANES] = {};
+
+    PanelEnd() = default;
+    __attribute__((always_inline)) PanelEnd(const Linear& l, int64_t panel) {
         for (int i = 0; i < PANEL; i += LANES) {
+            if (l.bias) bias[i / LANES] = load(l.bias + panel * PANEL + i);
+            if (!IS_INTEGER) continue;
             extra[i / LANES] = load_raw<Ints>(l.sums + panel * PANEL + i) * BYTE_OFFSET;
             column_scale[i / LANES] = load((const float*)l.scales + panel * PANEL + i);
         }
-    for (int64_t row = 0; row < rows; row++) {
-        const auto column = [&](int i) __attribute__((always_inline)) {
-            const float* at = c + row * PANEL + i;
-            Floats x;
-            if (IS_INTEGER)
-                x = __builtin_convertvector(load_raw<Ints>(at) - extra[i / LANES], Floats) * column_scale[i / LANES] *
-                    row_scales[row];
-            else
-                x = load(at);
-            return l.bias ? x + load(l.bias + panel * PANEL + i) : x;
-        };
-        T* to = out + row * l.out_features + start;
-        for (int i = 0; i < end; i += LANES) {
-            Floats x = column(i);
-            if (l.is_gated) x = x * reciprocal<T>(1.0f + exponential(-x)) * column(i + columns);
-            store(to + i, x, end - i);
+    }
+
+    __attribute__((always_inline)) Floats column(const float* c, int i, float row_scale) const {
+        if (!IS_INTEGER) return load(c + i) + bias[i / LANES];
+        const Floats whole = __builtin_convertvector(load_raw<Ints>(c + i) - extra[i / LANES], Floats);
+        return multiply_add(whole * column_scale[i / LANES], splat(row_scale), bias[i / LANES]);
+    }
+
+    // The first `count` columns of a row's result, if there are fewer than all.
+    template <bool IS_GATED>
+    __attribute__((always_inline)) void finish_row(const float* c, float row_scale, int64_t count, T* to) const {
+        constexpr int COLUMNS = IS_GATED ? PANEL / 2 : PANEL;
+#pragma GCC unroll 4
+        for (int i = 0; i < COLUMNS; i += LANES) {
+            if (i >= count) break;
+            Floats x = column(c, i, row_scale);
+            if (IS_GATED) x = x * reciprocal<T>(1.0f + exponential(-x)) * column(c, i + COLUMNS, row_scale);
+            store(to + i, x, count - i);
         }
     }
+};
+
+template <class T, bool IS_INTEGER, bool IS_GATED>
+INLINE void finish_as(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
+    const PanelEnd<T, IS_INTEGER> end(l, panel);
+    const int columns = IS_GATED ? PANEL / 2 : PANEL;
+    const int64_t start = panel * columns;
+    for (int64_t row = 0; row < rows; row++)
+        end.template finish_row<IS_GATED>(
+            c + row * PANEL, IS_INTEGER ? row_scales[row] : 1.0f, l.out_features - start, out + row * l.out_features + start);
+}
+
+template <class T, bool IS_INTEGER>
+INLINE void finish_gated_or_not(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
+    if (l.is_gated)
+        finish_as<T, IS_INTEGER, true>(l, panel, rows, row_scales, c, out);
+    else
+        finish_as<T, IS_INTEGER, false>(l, panel, rows, row_scales, c, out);
 }
 
 template <class T>
 INLINE void finish_form(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, T* out) {
     if (l.form == DYNAMIC_INT8)
-        finish_as<T, true>(l, panel, rows, row_scales, c, out);
+        finish_gated_or_not<T, true>(l, panel, rows, row_scales, c, out);
     else
-        finish_as<T, false>(l, panel, rows, row_scales, c, out);
+        finish_gated_or_not<T, false>(l, panel, rows, row_scales, c, out);
 }
 
 static void finish(const Linear& l, int64_t panel, int64_t rows, const float* row_scales, const float* c, void* out) {
@@ -499,7 +593,11 @@ static constexpr LinearKernels LINEAR_KERNELS = linear_kernels(std::make_integer
 #if HAS_BF16_DOT
 template <int... I>
 constexpr MatrixUnitKernels matrix_unit_kernels(std::integer_sequence<int, I...>) {
-    return {{{grouped_unit<I + 1, false>...}, {grouped_unit<I + 1, true>...}}, {unpack_for_unit<false>, unpack_for_unit<true>}};
+    return {
+        {{grouped_unit<I + 1, false>...}, {grouped_unit<I + 1, true>...}},
+        {{grouped_stream<I + 1, false>...}, {grouped_stream<I + 1, true>...}},
+        {unpack_for_unit<false>, unpack_for_unit<true>},
+    };
 }
 
 static constexpr MatrixUnitKernels MATRIX_UNIT_KERNELS = matrix_unit_kernels(std::make_integer_sequence<int, 16>());

@@ -5,6 +5,7 @@
 #pragma GCC target("avx512f,amx-tile,amx-bf16,amx-int8")
 namespace amx {
 
+
 constexpr int64_t UNIT_ROWS = 16, TILE_ROWS = 2 * UNIT_ROWS;
 
 // Registers have rows of 64 bytes: those of the weights 16, the others as many as there are activations, up to 16.
@@ -12,13 +13,15 @@ struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16];
-    constexpr Config(uint8_t n) : rows{n, n, n, n, n, n, 16, 16} {}
+    constexpr Config(uint8_t n) : Config(n > 16 ? 16 : n, n > 16 ? n - 16 : n) {}
+    constexpr Config(uint8_t upper, uint8_t lower) : rows{upper, upper, lower, lower, upper, lower, 16, 16} {}
 };
 // Not a local variable: gcc is told that the instruction reads 8 bytes of it, and leaves out the others.
-static constexpr Config CONFIGS[UNIT_ROWS] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+static constexpr Config CONFIGS[TILE_ROWS] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16,
+                                              17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32};
 
-// For products of so many rows. Other code in the process may use the unit between two products.
-static void begin(int64_t rows) { _tile_loadconfig(&CONFIGS[rows < UNIT_ROWS ? rows - 1 : UNIT_ROWS - 1]); }
+// For tiles of so many rows. Other code in the process may use the unit between two products.
+static void begin(int64_t tile_rows) { _tile_loadconfig(&CONFIGS[tile_rows - 1]); }
 
 static void end() { _tile_release(); }
 
@@ -83,6 +86,88 @@ static void tile(
         if (done < TILE_ROWS) {
             const int64_t from = done;
             done = from + part < TILE_ROWS ? from + part : TILE_ROWS;
+            meanwhile(from, done);
+        }
+    }
+    _tile_stored(0, c, c_row_bytes);
+    _tile_stored(1, c + 16, c_row_bytes);
+    if (HAS_TWO) {
+        _tile_stored(2, c + UNIT_ROWS * PANEL, c_row_bytes);
+        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
+    }
+}
+
+// The same for the few rows that all meet a panel when it comes from memory: one tile or TILES of them. Lines of weights are asked
+// for in the order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first of
+// those that this tile asks for, its share of as many as it reads.
+template <bool IS_INTEGER, bool HAS_TWO, int TILES, class Meanwhile>
+static void stream(
+    const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, bool goes_on, float* c, const char* next,
+    const Meanwhile& meanwhile) {
+    const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
+    const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes;
+    if (TILES > 1 && goes_on) {
+        _tile_loadd(0, c, c_row_bytes);
+        _tile_loadd(1, c + 16, c_row_bytes);
+        if (HAS_TWO) {
+            _tile_loadd(2, c + UNIT_ROWS * PANEL, c_row_bytes);
+            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (HAS_TWO) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+    // A quarter of a step's lines.
+    const auto fetch = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int line = 0; line < 8 / TILES; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        next += 8 / TILES * 64;
+    };
+    const int64_t part = (height * 16 + steps - 1) / steps;
+    int64_t done = 0;
+    for (int64_t step = 0; step < steps; step += 16) {
+        const char *x = upper + step * 4, *y = lower + step * 4, *columns = panel + step * panel_row_bytes;
+        // What is read once should not take the first cache's place from what is read again.
+        if (TILES == 1) {
+            _tile_loadd(4, x, row_bytes);
+            fetch();
+            _tile_stream_loadd(6, columns, panel_row_bytes);
+            fetch();
+            _tile_stream_loadd(7, columns + 64, panel_row_bytes);
+            fetch();
+            if (HAS_TWO) _tile_loadd(5, y, row_bytes);
+        } else {
+            _tile_stream_loadd(4, x, row_bytes);
+            fetch();
+            _tile_loadd(6, columns, panel_row_bytes);
+            fetch();
+            _tile_loadd(7, columns + 64, panel_row_bytes);
+            fetch();
+            if (HAS_TWO) _tile_stream_loadd(5, y, row_bytes);
+        }
+        fetch();
+        if (IS_INTEGER) {
+            _tile_dpbusd(0, 4, 6);
+            _tile_dpbusd(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbusd(2, 5, 6);
+                _tile_dpbusd(3, 5, 7);
+            }
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        if (done < height) {
+            const int64_t from = done;
+            done = from + part < height ? from + part : height;
             meanwhile(from, done);
         }
     }

@@ -78,10 +78,7 @@ export class BlockMap {
   draw() {
     const { canvas, blocks } = this;
     const style = getComputedStyle(document.documentElement);
-    const named = (name) => {
-      const hex = style.getPropertyValue(name).trim();
-      return [1, 3, 5].map((at) => Number.parseInt(hex.slice(at, at + 2), 16));
-    };
+    const named = (name) => style.getPropertyValue(name).match(/\d+/g).map(Number); // "rgb(1, 2, 3)"
     const width = Math.floor(canvas.clientWidth * devicePixelRatio);
     if (!blocks.length || !width) return;
     const height = Math.floor(HEIGHT * devicePixelRatio);

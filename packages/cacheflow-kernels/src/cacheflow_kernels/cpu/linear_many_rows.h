@@ -1,0 +1,230 @@
+// The products of linear.cpp for AMX where the rows are many. They are copied to where tiles lie one after the other, as the unit
+// reads them; then each thread takes its panels, one at a time, past all tiles of a block of rows. A panel stays in the first
+// cache meanwhile, the rows in the second, and vectors finish a tile while the unit multiplies the next.
+#include <omp.h>
+
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8,prefer-vector-width=512")
+namespace many_rows {
+
+using amx::TILE_ROWS, amx::UNIT_ROWS;
+
+// A line of a row is 64 bytes. A unit of the rows is 16 of them, one line of each; what a panel has for it is two of them.
+constexpr int64_t LINE = 64, UNIT = UNIT_ROWS * LINE, PANEL_UNIT = 2 * UNIT;
+
+// Bytes of a block of rows, as far as its number of rows is concerned, and of it in one part along k: they stay in a core's
+// second cache of 2 MiB beside the panels that pass by.
+constexpr int64_t BLOCK_BYTES = 1 << 20;
+
+// Rows that a panel meets at least, as it comes from memory for each block.
+constexpr int64_t MIN_BLOCK_ROWS = 256;
+
+// Lines of a row, of which a panel's part stays in the first cache of 48 KiB while tiles pass by: 36 KiB.
+constexpr int64_t PART_LINES = 18;
+
+static thread_local Scratch tile_memory, scale_memory, sum_memory, turned_memory, byte_memory;
+
+static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where the block of rows that is multiplied lies, and where its results go.
+struct Block {
+    const Linear& l;
+    char* tiles;          // [rows / 16][lines][16][64]
+    int64_t lines, rows;
+    float* row_scales;    // DYNAMIC_INT8
+    char* out;
+    int64_t out_bytes;    // from row to row
+
+    char* unit(int64_t row, int64_t line) const { return tiles + (row / UNIT_ROWS * lines + line) * UNIT; }
+};
+
+// Writes row `row` of the block: x in the type that is multiplied, with zeros behind it.
+static void copy_row(const Block& b, const char* x, int64_t row) {
+    const int64_t k = b.l.in_features;
+    int64_t size = 2 * k;
+    if (b.l.form == DYNAMIC_INT8) {
+        char* rounded = byte_memory.get(k);
+        b.row_scales[row] =
+            avx512bf16::LINEAR_KERNELS.quantise_row[b.l.is_bfloat16](x, k, (float*)turned_memory.get(k * 4), (uint8_t*)rounded);
+        x = rounded;
+        size = k;
+    }
+    char* to = b.unit(row, 0) + row % UNIT_ROWS * LINE;
+    for (int64_t at = 0; at < b.lines * LINE; at += LINE, to += UNIT) {
+        const int64_t left = size - at;
+        const __mmask64 exist = left >= LINE ? ~(__mmask64)0 : left > 0 ? ((__mmask64)1 << left) - 1 : 0;
+        _mm512_store_si512(to, _mm512_maskz_loadu_epi8(exist, x + at));
+    }
+}
+
+// Lines of weights to ask for, evenly over the steps that come.
+struct Fetching {
+    const char *next, *end;
+    int64_t step;
+
+    __attribute__((always_inline)) void go_on() {
+        for (end += step; next < end; next += LINE) _mm_prefetch(next, _MM_HINT_T1);
+    }
+};
+
+// Up to 32 rows times a part of a panel, `lines` long. Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where
+// `goes_on`, c holds what was summed before. Calls meanwhile() at each step.
+template <bool IS_INTEGER, bool HAS_TWO, class Meanwhile>
+static inline __attribute__((always_inline)) void multiply_tile(
+    const char* upper, const char* lower, const char* panel, int64_t lines, bool goes_on, float* c, Fetching& fetching,
+    const Meanwhile& meanwhile) {
+    constexpr int64_t C_BYTES = PANEL * 4, PANEL_BYTES = PANEL * 4;
+    if (goes_on) {
+        _tile_loadd(0, c, C_BYTES);
+        _tile_loadd(1, c + 16, C_BYTES);
+        if (HAS_TWO) {
+            _tile_loadd(2, c + UNIT_ROWS * PANEL, C_BYTES);
+            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, C_BYTES);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (HAS_TWO) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+    for (int64_t line = 0; line < lines; line++, upper += UNIT, lower += UNIT, panel += PANEL_UNIT) {
+        fetching.go_on();
+        _tile_stream_loadd(4, upper, LINE);
+        _tile_loadd(6, panel, PANEL_BYTES);
+        _tile_loadd(7, panel + LINE, PANEL_BYTES);
+        if (HAS_TWO) _tile_stream_loadd(5, lower, LINE);
+        if (IS_INTEGER) {
+            _tile_dpbusd(0, 4, 6);
+            _tile_dpbusd(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbusd(2, 5, 6);
+                _tile_dpbusd(3, 5, 7);
+            }
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        meanwhile();
+    }
+    _tile_stored(0, c, C_BYTES);
+    _tile_stored(1, c + 16, C_BYTES);
+    if (HAS_TWO) {
+        _tile_stored(2, c + UNIT_ROWS * PANEL, C_BYTES);
+        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, C_BYTES);
+    }
+}
+
+// Rows whose sums are complete and whose results are not written yet.
+template <class T, bool IS_INTEGER, bool IS_GATED>
+struct Unfinished {
+    avx512bf16::PanelEnd<T, IS_INTEGER> end;
+    const float *sums = nullptr, *row_scales = nullptr;
+    char* out = nullptr;
+    int64_t out_bytes = 0, num_columns = 0, left = 0;
+
+    __attribute__((always_inline)) void finish(int64_t rows) {
+        for (int64_t last = left > rows ? left - rows : 0; left > last; left--) {
+            end.template finish_row<IS_GATED>(sums, IS_INTEGER ? *row_scales : 1.0f, num_columns, (T*)out);
+            sums += PANEL;
+            out += out_bytes;
+            if (IS_INTEGER) row_scales++;
+        }
+    }
+};
+
+// The block times the panels from `begin` to before `end`.
+template <class T, bool IS_INTEGER, bool IS_GATED>
+static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
+    const Linear& l = b.l;
+    constexpr int64_t COLUMNS = IS_GATED ? PANEL / 2 : PANEL, TILE_SUMS = TILE_ROWS * PANEL;
+    const int64_t num_tiles = divided_up(b.rows, TILE_ROWS), panel_bytes = b.lines * PANEL_UNIT;
+    // The whole block along k if it fits the second cache.
+    const int64_t num_spans = divided_up(b.lines * b.rows * LINE, BLOCK_BYTES);
+    const bool has_parts = b.lines > PART_LINES;
+    // A tile's and the next one's; of all tiles where they are parts; of all panels, too, where those come in spans.
+    const int64_t num_sums = (num_spans > 1 ? end - begin : 1) * (has_parts ? num_tiles : 2) * TILE_SUMS;
+    float* sums = (float*)sum_memory.get(num_sums * 4);
+    Unfinished<T, IS_INTEGER, IS_GATED> unfinished;
+    int64_t number = 0;
+    for (int64_t span = 0; span < num_spans; span++) {
+        const int64_t span_first = b.lines * span / num_spans, span_last = b.lines * (span + 1) / num_spans;
+        const int64_t span_lines = span_last - span_first, num_parts = divided_up(span_lines, PART_LINES);
+        for (int64_t p = begin; p < end; p++) {
+            const char* panel = (const char*)l.weight + p * panel_bytes;
+            const char* next = panel + panel_bytes + span_first * PANEL_UNIT;
+            Fetching fetching{next, next, span_lines * PANEL_UNIT / (num_tiles * span_lines)};
+            for (int64_t part = 0; part < num_parts; part++) {
+                const int64_t first = span_first + span_lines * part / num_parts;
+                const int64_t last = span_first + span_lines * (part + 1) / num_parts, at_once = divided_up(TILE_ROWS, last - first);
+                for (int64_t tile = 0; tile < num_tiles; tile++, number++) {
+                    const int64_t row = tile * TILE_ROWS, rows = std::min(TILE_ROWS, b.rows - row);
+                    float* c = sums + (!has_parts ? number % 2 : (num_spans > 1 ? p - begin : 0) * num_tiles + tile) * TILE_SUMS;
+                    const auto multiply = [&](auto has_two) __attribute__((always_inline)) {
+                        multiply_tile<IS_INTEGER, has_two.value>(
+                            b.unit(row, first), b.unit(row + UNIT_ROWS, first), panel + first * PANEL_UNIT, last - first, first > 0,
+                            c, fetching, [&]() __attribute__((always_inline)) { unfinished.finish(at_once); });
+                    };
+                    if (rows > UNIT_ROWS)
+                        multiply(std::true_type{});
+                    else
+                        multiply(std::false_type{});
+                    if (last < b.lines) continue;
+                    unfinished.finish(TILE_ROWS);
+                    if (tile == 0) unfinished.end = {l, p};
+                    unfinished.num_columns = l.out_features - p * COLUMNS;
+                    unfinished.sums = c;
+                    unfinished.row_scales = b.row_scales + row;
+                    unfinished.out = b.out + row * b.out_bytes + p * COLUMNS * (int64_t)sizeof(T);
+                    unfinished.out_bytes = b.out_bytes;
+                    unfinished.left = rows;
+                }
+            }
+        }
+    }
+    unfinished.finish(TILE_ROWS);
+}
+
+static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
+    const bool is_gated = b.l.is_gated;
+    if (b.l.form != DYNAMIC_INT8)
+        (is_gated ? multiply_panels<BFloat16, false, true> : multiply_panels<BFloat16, false, false>)(b, begin, end);
+    else if (b.l.is_bfloat16)
+        (is_gated ? multiply_panels<BFloat16, true, true> : multiply_panels<BFloat16, true, false>)(b, begin, end);
+    else
+        (is_gated ? multiply_panels<float, true, true> : multiply_panels<float, true, false>)(b, begin, end);
+}
+
+// As cf_linear, for PLAIN_BFLOAT16 and DYNAMIC_INT8. A row of x begins each `x_bytes`, and has so many lines once it is padded.
+static void multiply(
+    const Linear& l, const void* x, int64_t rows, int64_t x_bytes, int64_t lines, void* out, int64_t num_threads) {
+    const int64_t at_most = std::max(MIN_BLOCK_ROWS, BLOCK_BYTES / (lines * LINE));
+    const int64_t block_rows = divided_up(divided_up(rows, divided_up(rows, at_most)), TILE_ROWS) * TILE_ROWS;
+    const int64_t out_bytes = l.out_features * (l.is_bfloat16 ? 2 : 4);
+    Block whole{l, tile_memory.get(block_rows * lines * LINE), lines, 0, (float*)scale_memory.get(block_rows * 4), nullptr, out_bytes};
+#pragma omp parallel num_threads((int)num_threads)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        amx::begin(UNIT_ROWS);
+        Block b = whole;
+        for (int64_t first = 0; first < rows; first += block_rows) {
+            b.rows = std::min(block_rows, rows - first);
+            b.out = (char*)out + first * out_bytes;
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < b.rows; row++)
+                copy_row(b, (const char*)x + (first + row) * x_bytes, row);
+            multiply_panels(b, l.num_panels * thread / threads, l.num_panels * (thread + 1) / threads);
+#pragma omp barrier
+        }
+        amx::end();
+    }
+}
+
+}  // namespace many_rows
+#pragma GCC pop_options
