@@ -107,7 +107,9 @@ class _Choice:
         self._tokenizer = tokenizer
         self._request = request
         self._index = index
-        self._prompt = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids, skip_special)
+        # Its text is known, or seldom wanted: nobody is to wait for it who only waits for the first token.
+        is_wanted = request.echo or request.params.logprobs is not None
+        self._prompt = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids, skip_special) if is_wanted else ""
         self._log = TokenLog(tokenizer, tokenizer.detokenizer(skip_special, context=prompt_ids), offset=len(self._prompt))
         self._num_chars = 0
         self._num_tokens = 0

@@ -123,6 +123,7 @@ async def serve(
 
     from cacheflow.async_server import AsyncLLMServer
     from cacheflow.entrypoints.turns import ACCEPTED_AT_A_TIME, TurnTakingServer, collect_seldom, turn_taking_protocol
+    from cacheflow.service.short_turns import take_short_turns
 
     class Server(TurnTakingServer):
         def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
@@ -153,6 +154,7 @@ async def serve(
         )
 
     allow_many_connections()
+    take_short_turns()
     sockets = _listen(edge.host, edge.port)
     metrics_sockets = [] if edge.metrics_port is None else _listen(edge.host, edge.metrics_port)
     url = _url(edge, sockets)

@@ -29,6 +29,7 @@ from cacheflow.service.backlog import Backlog
 from cacheflow.service.host import Host, refuse_hello
 from cacheflow.service.journal import StepJournal, journal_path
 from cacheflow.service.keys import EngineKey
+from cacheflow.service.short_turns import short_turns, take_usual_turns
 from cacheflow.service.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -121,7 +122,9 @@ def serve(
         cleanup.callback(context.term)
         if key is not None:
             cleanup.callback(key.admit_clients(context).stop)
-        socket = bind(context, address, key)
+        take_usual_turns()  # Not what it has of a frontend that started it.
+        with short_turns():  # ZeroMQ's threads begin with its first socket.
+            socket = bind(context, address, key)
         endpoint = wire.parse_address(address, has_key=key is not None)
         cleanup.callback(socket.close)
         cleanup.callback(_remove_socket_file, endpoint)

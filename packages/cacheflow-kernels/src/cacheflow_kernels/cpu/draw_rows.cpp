@@ -71,15 +71,6 @@ INLINE Ints lanes_from(int64_t first) {
     return lane + (int32_t)first;
 }
 
-// One bit for each lane.
-INLINE uint32_t bits_of(Ints mask) {
-#if LANES == 16
-    return _mm512_movepi32_mask((__m512i)mask);
-#else
-    return _mm256_movemask_ps((__m256)mask);
-#endif
-}
-
 INLINE Floats only(Ints mask, Floats vector) { return (Floats)(mask & (Ints)vector); }
 
 // The elements from place k on; lanes behind the row's end hold -inf, which weighs nothing.

@@ -130,6 +130,15 @@ INLINE Floats rounded_to(Floats vector) {
 
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// One bit for each lane.
+INLINE uint32_t bits_of(Ints mask) {
+#if LANES == 16
+    return _mm512_movepi32_mask((__m512i)mask);
+#else
+    return _mm256_movemask_ps((__m256)mask);
+#endif
+}
+
 // Lane i gets what lane i ^ DISTANCE holds.
 template <int DISTANCE>
 INLINE Floats swapped(Floats vector) {
@@ -170,15 +179,17 @@ INLINE Floats scaled_power(Floats whole, Floats f) {
     return (Floats)((Ints)y + ((Ints)whole << 23));
 }
 
-// e^x, with x cut to what a float holds.
-INLINE Floats exponential(Floats x) {
-    x = x > 88.0f ? splat(88.0f) : larger(x, splat(-87.0f));
+// e^x for x from -87 to 88: what a float holds.
+INLINE Floats exponential_within(Floats x) {
     // log2(e) in two parts, as x * log2(e) rounded to one float would be off by x times its last digit.
     const float high = 1.44269502162933349609375f, low = 1.92596303e-8f;
     Floats whole = x * high + TO_INTEGER;
     Floats f = x * high - (whole - TO_INTEGER);
     return scaled_power(whole, f + x * low);
 }
+
+// e^x, with x cut to what a float holds.
+INLINE Floats exponential(Floats x) { return exponential_within(x > 88.0f ? splat(88.0f) : larger(x, splat(-87.0f))); }
 
 INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
