@@ -156,12 +156,12 @@ async def serve(
             )
         )
 
-    max_connections = allow_many_connections()
+    allow_many_connections()
     sockets = _listen(edge.host, edge.port)
     metrics_sockets = [] if edge.metrics_port is None else _listen(edge.host, edge.metrics_port)
     url = _url(edge, sockets)
     door, metrics_door = _Door(edge), _Door(edge)
-    server, metrics_server = make_server(door, max_connections), make_server(metrics_door, MOST_SCRAPERS)
+    server, metrics_server = make_server(door, most_connections()), make_server(metrics_door, MOST_SCRAPERS)
     serving = asyncio.ensure_future(server.serve(sockets=sockets))
     serving_metrics = asyncio.ensure_future(metrics_server.serve(sockets=metrics_sockets)) if metrics_sockets else None
     starting: asyncio.Future[AsyncLLMServer] = asyncio.ensure_future(
@@ -205,17 +205,19 @@ async def serve(
         raise given_up.result()
 
 
-def allow_many_connections() -> int:
-    """Raises the number of files that this process may open, from the usual 1,024: each connection is one.
-
-    Returns:
-        How many connections there may be.
-    """
+def allow_many_connections() -> None:
+    """Raises the number of files that this process may open, from the usual 1,024: each connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(wanted - SPARE_FILES, wanted // 2)  # The latter where the system allows very few.
+
+
+def most_connections() -> int:
+    """How many clients' connections there may be, now that so many files may be open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_files = MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(num_files - SPARE_FILES, num_files // 2)  # The latter where the system allows very few.
 
 
 class _Door:
