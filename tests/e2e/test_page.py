@@ -468,9 +468,12 @@ def test_the_theme_is_the_systems_until_it_is_chosen(open_page: Open) -> None:
 def test_the_map_is_drawn_in_the_colours_of_the_theme(open_page: Open) -> None:
     page = open_page(color_scheme="dark")
     has_pixel = """(abgr) => {
-      const canvas = document.getElementById("blocks");
-      const image = canvas.width && canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-      return image && new Uint32Array(image.data.buffer).includes(abgr);
+      const { width, height } = document.getElementById("blocks");
+      if (!width) return false;
+      // Of a copy: the browser warns of canvases that are read often.
+      const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+      copy.drawImage(document.getElementById("blocks"), 0, 0);
+      return new Uint32Array(copy.getImageData(0, 0, width, height).data.buffer).includes(abgr);
     }"""
     dark_free, light_free = 0xFF322B26, 0xFFE1E6E6
     page.wait_for_function(has_pixel, arg=dark_free)

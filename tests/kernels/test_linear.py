@@ -223,3 +223,13 @@ def test_rows_that_do_not_fit_the_cache_give_what_they_give_alone(level: str, is
     whole = multiply(x)
     for start, end in ((0, 1), (90, 110), (90, 123), (95, 233), (232, 233)):
         assert torch.equal(multiply(x[start:end]), whole[start:end])
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("scale", [1e-37, 1.0, 1e30])
+def test_a_row_alone_is_the_same_bit_for_bit_however_large_its_numbers(level: str, form: str, scale: float) -> None:
+    multiply = linear(random(256, 320, dtype=torch.bfloat16), form=form, group_size=64, implementation="cpu")
+    x = (random(40, 320, dtype=torch.float32, seed=1) * scale).bfloat16()
+    whole = multiply(x)
+    for row in range(40):
+        assert torch.equal(multiply(x[row : row + 1])[0], whole[row])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing, suppress
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 
 from cacheflow.errors import CacheflowError, EngineDeadError, EngineDrainingError, EngineOverloadedError, InvalidRequestError
 from cacheflow.types import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -175,6 +178,35 @@ async def send_stream(receive: Receive, send: Send, parts: AsyncGenerator[bytes,
 
     with suppress(ClientGoneError):
         await while_connected(receive, pump())
+
+
+async def encoded(
+    first: T,
+    rest: AsyncGenerator[T, None],
+    encode: Callable[[T], bytes],
+    encode_error: Callable[[dict[str, Any]], bytes],
+    end: bytes = b"",
+) -> AsyncGenerator[bytes, None]:
+    """The parts of a stream, for `send_stream`. An error in the middle is the last part but `end`; `rest` is closed.
+
+    Args:
+        first: Its first value, awaited before the stream was begun, so that a request that is refused gets its status.
+        rest: Those behind it.
+        encode: Makes a part of a value.
+        encode_error: Makes a part of an error's document.
+        end: What comes last of all, if anything.
+    """
+    async with aclosing(rest):
+        try:
+            yield encode(first)
+            async for value in rest:
+                yield encode(value)
+        except Exception as error:
+            if not isinstance(error, CacheflowError):
+                logger.exception("A stream failed.")
+            yield encode_error(answer_for(error).document)
+        if end:
+            yield end
 
 
 async def _disconnect(receive: Receive) -> None:

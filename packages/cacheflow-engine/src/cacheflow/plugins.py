@@ -1,4 +1,4 @@
-"""Finds and loads plugins: Python entry points, in the groups that ARCHITECTURE names.
+"""Finds and loads plugins: Python entry points, in the groups that `GROUPS` names.
 
 Discovery reads names without importing anything. Loading happens on selection, once per process. An explicit choice that
 fails raises with every reason; `auto` takes the first supported one by declared priority and logs one line. Nothing is

@@ -116,11 +116,7 @@ class TritonAttention:
 
     def swap_blocks(self, source: Sequence[Tensor], destination: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
         """One gather, one transfer and one scatter a layer."""
-        if not pairs:
-            return
-        read, written = (list(blocks) for blocks in zip(*pairs, strict=True))
-        for origin, target in zip(source, destination, strict=True):
-            target[written] = origin[read].to(target.device)
+        _swap_blocks(source, destination, pairs)
 
     def slopes(self, layer: Any) -> Tensor | None:
         """A layer's ALiBi slopes on the device, `[num_heads] float32`, made once."""
@@ -239,11 +235,15 @@ class CpuAttention:
 
     def swap_blocks(self, source: Sequence[Tensor], destination: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
         """One gather and one scatter a layer."""
-        if not pairs:
-            return
-        read, written = (list(blocks) for blocks in zip(*pairs, strict=True))
-        for origin, target in zip(source, destination, strict=True):
-            target[written] = origin[read].to(target.device)
+        _swap_blocks(source, destination, pairs)
+
+
+def _swap_blocks(source: Sequence[Tensor], destination: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    if not pairs:
+        return
+    read, written = (list(blocks) for blocks in zip(*pairs, strict=True))
+    for origin, target in zip(source, destination, strict=True):
+        target[written] = origin[read].to(target.device)
 
 
 def _pinned(pairs: Sequence[tuple[int, int]]) -> Tensor:

@@ -19,18 +19,6 @@ from cacheflow_kernels.attention import TritonAttention, TritonPlan
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """The part of a batch that the Triton kernels serve, in the shape of the engine's metadata."""
-
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    slot_mapping: Tensor
-    num_decodes: int
-    max_query_len: int
-
-
-@dataclass(frozen=True)
 class XformersPlan:
     """What a step's layers share.
 
@@ -115,7 +103,7 @@ class XformersAttention:
         )
         rest_starts = torch.tensor([0, *(counts[i] for i in others)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         chosen = torch.tensor(others, device=self._spec.device)
-        batch = _Batch(
+        rest = TritonPlan(
             query_start_loc=rest_starts.to(self._spec.device),
             seq_lens=metadata.seq_lens[chosen],
             block_tables=metadata.block_tables[chosen],
@@ -123,7 +111,7 @@ class XformersAttention:
             num_decodes=sum(counts[i] == 1 for i in others),
             max_query_len=max(counts[i] for i in others),
         )
-        return XformersPlan(self._triton.plan(batch), masks, prompt_rows, rest_rows, metadata.slot_mapping)
+        return XformersPlan(rest, masks, prompt_rows, rest_rows, metadata.slot_mapping)
 
     def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: XformersPlan) -> Tensor:
         """Stores everything, then serves each part its own way."""

@@ -6,7 +6,6 @@ A stream's last part is the whole answer. It knows no routes and no statuses.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cacheflow.asgi import answer_for, send_stream
-from cacheflow.errors import CacheflowError, RequestFailedError
+from cacheflow.asgi import encoded, send_stream
+from cacheflow.errors import RequestFailedError
 from cacheflow.text import Tokenizer
 from cacheflow.types import CompletionOutput
 from cacheflow_server.schema import GenerateRequest
 
 if TYPE_CHECKING:
     from cacheflow import AsyncLLMServer
-
-logger = logging.getLogger(__name__)
 
 IMPOSSIBLE = -9999.0
 """Stands for minus infinity, which JSON doesn't have."""
@@ -56,28 +53,14 @@ class AnswerStream(Response):
     """
 
     def __init__(self, first: Answer, rest: AsyncGenerator[Answer, None], has_events: bool) -> None:
-        self.first = first
-        self.rest = rest
         self.has_events = has_events
+        self.parts = encoded(first, rest, self._part, self._encode, b"data: [DONE]\n\n" if has_events else b"")
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the documents; ends the request when the client hangs up."""
         media_type = "text/event-stream; charset=utf-8" if self.has_events else "application/json"
-        await send_stream(receive, send, self._parts(), {"content-type": media_type, "cache-control": "no-cache"})
-
-    async def _parts(self) -> AsyncGenerator[bytes, None]:
-        async with aclosing(self.rest):
-            try:
-                yield self._part(self.first)
-                async for answer in self.rest:
-                    yield self._part(answer)
-            except Exception as error:
-                if not isinstance(error, CacheflowError):
-                    logger.exception("A stream failed.")
-                yield self._encode(answer_for(error).document)
-            if self.has_events:
-                yield b"data: [DONE]\n\n"
+        await send_stream(receive, send, self.parts, {"content-type": media_type, "cache-control": "no-cache"})
 
     def _part(self, answer: Answer) -> bytes:
         document = answer.document()

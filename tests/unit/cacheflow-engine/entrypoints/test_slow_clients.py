@@ -38,7 +38,7 @@ def talk_to_server(talk: Talk) -> bytes:
 
     async def run() -> bytes:
         config = uvicorn.Config(
-            Guard(app, OPTIONS), http=turn_taking_protocol(TIMEOUT_S), lifespan="off", log_config=None, ws="none"
+            Guard(app, OPTIONS), http=turn_taking_protocol(TIMEOUT_S, 100), lifespan="off", log_config=None, ws="none"
         )
         config.load()
         state = uvicorn.server.ServerState()

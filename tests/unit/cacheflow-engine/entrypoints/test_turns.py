@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import uvicorn
 
 from cacheflow.entrypoints.turns import ACCEPTED_AT_A_TIME, TurnTakingServer, turn_taking_protocol
@@ -33,11 +34,10 @@ class Recorder:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[tuple[str, int]]:
+async def serving(app: Any, max_connections: int = 1000) -> AsyncIterator[tuple[str, int]]:
     """Where it listens."""
-    config = uvicorn.Config(
-        app, http=turn_taking_protocol(DEADLINE_S), backlog=ACCEPTED_AT_A_TIME, lifespan="off", log_config=None, ws="none"
-    )
+    protocol = turn_taking_protocol(DEADLINE_S, max_connections)
+    config = uvicorn.Config(app, http=protocol, backlog=ACCEPTED_AT_A_TIME, lifespan="off", log_config=None, ws="none")
     server = TurnTakingServer(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         task = asyncio.create_task(server._serve([listener]))
@@ -110,6 +110,31 @@ def test_of_a_body_that_the_application_does_not_read_only_a_bounded_part_is_tak
             writer.close()
 
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_connections_beyond_the_most_are_closed_until_one_has_gone(caplog: pytest.LogCaptureFixture) -> None:
+    async def is_answered(where: tuple[str, int]) -> bool:
+        reader, writer = await asyncio.open_connection(*where)
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer.startswith(b"HTTP/1.1 200 ")
+        return False
+
+    async def run() -> None:
+        async with serving(Recorder(), max_connections=3) as where:
+            idle = [await asyncio.open_connection(*where) for _ in range(2)]
+            assert await is_answered(where)
+            idle.append(await asyncio.open_connection(*where))
+            assert [await is_answered(where) for _ in range(5)] == [False] * 5
+            for _, writer in idle:
+                writer.close()
+            while not await is_answered(where):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+    assert caplog.text.count("3 connections are open") == 1
 
 
 def test_a_client_that_goes_before_its_turn_is_forgotten() -> None:

@@ -40,6 +40,10 @@ LAST_WORD_S = 2
 """How long after --drain-timeout an answer may take to tell its error, before it is cut off."""
 MOST_FILES = 65_536
 """That a server's process may have open, connections among them, where the system lets it."""
+SPARE_FILES = 256
+"""Those that are not for connections: no client can keep the server from starting its engine anew, or from its metrics."""
+MOST_SCRAPERS = 64
+"""Connections of the metrics port."""
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
@@ -134,11 +138,11 @@ async def serve(
     # A frontend of others may have options of its own; it is guarded while the engine loads, and itself from then on.
     edge = options if isinstance(options, EdgeOptions) else EdgeOptions(host=options.host, port=options.port)
 
-    def make_server(door: _Door) -> Server:
+    def make_server(door: _Door, max_connections: int) -> Server:
         return Server(
             uvicorn.Config(
                 door,
-                http=turn_taking_protocol(edge.receive_timeout),
+                http=turn_taking_protocol(edge.receive_timeout, max_connections),
                 backlog=ACCEPTED_AT_A_TIME,
                 h11_max_incomplete_event_size=edge.max_header_bytes,
                 ws="none",
@@ -159,7 +163,7 @@ async def serve(
     metrics_sockets = [] if edge.metrics_port is None else _listen(edge.host, edge.metrics_port)
     url = _url(edge, sockets)
     door, metrics_door = _Door(edge), _Door(edge)
-    server, metrics_server = make_server(door), make_server(metrics_door)
+    server, metrics_server = make_server(door, most_connections()), make_server(metrics_door, MOST_SCRAPERS)
     serving = asyncio.ensure_future(server.serve(sockets=sockets))
     serving_metrics = asyncio.ensure_future(metrics_server.serve(sockets=metrics_sockets)) if metrics_sockets else None
     starting: asyncio.Future[AsyncLLMServer] = asyncio.ensure_future(
@@ -209,6 +213,13 @@ def allow_many_connections() -> None:
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_connections() -> int:
+    """How many clients' connections there may be, now that so many files may be open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_files = MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(num_files - SPARE_FILES, num_files // 2)  # The latter where the system allows very few.
 
 
 class _Door:

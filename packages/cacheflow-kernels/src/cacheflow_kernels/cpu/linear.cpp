@@ -1,12 +1,13 @@
 // Packed matrix products: x [rows][in_features] times a Linear, with bias and gated activation, on all cores.
 //
-// The activations are copied once, in the type that is multiplied, unless they have it and are few or go to the matrix unit. Then
-// threads share out the panels, and each panel meets every tile of a block of rows while both are in its core's cache. Grouped integers meet bfloat16 rows as they
-// are, and float32 rows dequantised into that cache, a panel at a time.
+// The activations are copied once, in the type that is multiplied, unless they have it and are few. Then threads share out the
+// panels. Few rows meet a panel when it comes from memory, and what counts is that memory never waits; of more, each panel meets
+// every tile of a block of rows while both are in its core's cache. Grouped integers meet bfloat16 rows as they are, and float32
+// rows dequantised into that cache, a panel at a time.
 #include "linear.h"
+#include "scratch.h"
 
 #include <omp.h>
-#include "scratch.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -26,8 +27,7 @@ thread_local Scratch row_scratch, scale_scratch, sum_scratch, own_scratch;
 // layer of 576 with 2,048 rows took 12.2 ms without blocks, and 6.5 with blocks and without a copy of the rows.
 constexpr int64_t BLOCK_BYTES = 768 << 10;
 
-// Items of a panel's columns that stay in the first cache of 48 KiB while tiles pass by: 36 KiB. With rows that pass by it, and
-// longer panels in parts, a layer's products took 1,531 us instead of 1,688 for 256 rows on each of two threads.
+// Items of a panel's columns that stay in the first cache of 48 KiB while two tiles pass by: 36 KiB.
 constexpr int64_t UNIT_STEPS = 288;
 
 // Rows that threads share out to round them to bytes, though a single tile holds them. Gate and up of SmolLM2-135M ran 24 rows
@@ -39,6 +39,9 @@ constexpr int64_t MIN_MANY_ROWS = 65;
 
 // Rows that meet one strip of grouped integers while it is in the nearest cache.
 constexpr int64_t GROUPED_ROWS = 64;
+
+// Of the control register of vectors: numbers below the smallest normal one are zeros, as they are to the matrix unit.
+constexpr unsigned FLUSHES_DENORMALS = 0x8040;
 
 // One product: what it reads and writes, and how it is cut.
 struct Product {
@@ -56,7 +59,6 @@ struct Product {
     int64_t steps = 0;            // of a tile's function
     int64_t panel_bytes = 0;      // of the weight as it is packed
     const int32_t* activations = nullptr;
-    const int32_t* last_tile = nullptr;  // padded, where x ends within it and is else read in place
     float* row_scales = nullptr;
     float* row_sums = nullptr;  // GROUPED_INT4 with bfloat16: [rows][num_groups]
 
@@ -74,19 +76,10 @@ struct Product {
     // Whether x has the type that is multiplied.
     bool is_ready() const { return takes_bfloat16() || (!l.is_bfloat16 && l.form != DYNAMIC_INT8); }
 
-    // Whether x can be read where it lies: one tile, which needs no padding, or any number of them by the matrix unit.
+    // Whether x can be read where it lies: one tile, or two of the matrix unit, which need no padding.
     bool is_in_place() const {
-        const bool is_for_unit = !tiles && l.form == PLAIN_BFLOAT16;
         return is_ready() && l.in_features * (l.is_bfloat16 ? 2 : 4) == items * 4 && stride_bytes % 4 == 0 &&
-               (is_for_unit || num_tiles == 1);
-    }
-
-    // The rows of the last tile, and zeros behind them.
-    void copy_last_tile(int32_t* to) {
-        const int64_t first = tile_start(num_tiles - 1), row_bytes = items * 4;
-        for (int64_t row = 0; row < rows - first; row++) memcpy(to + row * stride, x + (first + row) * stride_bytes, row_bytes);
-        memset(to + (rows - first) * stride, 0, (amx::TILE_ROWS - rows + first) * stride * 4);
-        last_tile = to;
+               (num_tiles == 1 || is_streamed());
     }
 
     void copy_row(int64_t row, int32_t* activations) const {
@@ -141,7 +134,6 @@ struct Product {
             }
             return;
         }
-        if (has_units) return multiply_by_unit(p, begin, end);
         const bool is_alone = end - begin == 1;
         const int64_t next_step = panel_bytes / ((end - begin) * steps);
         for (int64_t i = begin; i < end; i++) {
@@ -160,8 +152,12 @@ struct Product {
     // The panels from `begin` to before `end`, where is_streamed.
     void stream_panels(int64_t begin, int64_t end) const {
         if (is_grouped()) {
-            const auto& streams = avx512bf16::MATRIX_UNIT_KERNELS.grouped_stream[l.form == GROUPED_INT4];
-            return streams[rows - 1](l, begin, end, activations, stride, row_sums, out);
+            const MatrixUnitKernels& unit = avx512bf16::MATRIX_UNIT_KERNELS;
+            const bool is_int4 = l.form == GROUPED_INT4;
+            if (rows > 1) return unit.grouped_stream[is_int4][rows - 1](l, begin, end, activations, stride, row_sums, out);
+            float* row = (float*)own_scratch.get(items * 8);
+            kernels.widen_row(activations, 2 * items, row);
+            return unit.grouped_row[is_int4](l, begin, end, row, row_sums, out);
         }
         const auto choose = [&](auto is_integer) {
             constexpr bool I = is_integer.value;
@@ -214,61 +210,6 @@ struct Product {
         if (finished < started) finish_part(0, height);
     }
 
-    // The same by the matrix unit, of whole numbers or bfloat16. Several tiles share a panel, a part of it at a time, that
-    // stays in the first cache while they pass by. Vectors finish a tile while the unit multiplies the next one.
-    void multiply_by_unit(int64_t p, int64_t begin, int64_t end) const {
-        const bool is_alone = end - begin == 1;
-        const int64_t num_parts = is_alone ? 1 : (steps + UNIT_STEPS - 1) / UNIT_STEPS;
-        const char *panel = (const char*)l.weight + p * panel_bytes, *next = panel + panel_bytes;
-        const int64_t next_step = panel_bytes / ((end - begin) * steps), tile_size = amx::TILE_ROWS * PANEL;
-        // Of two tiles, or where the panel has parts, of all.
-        alignas(64) float two[2 * amx::TILE_ROWS * PANEL];
-        float* sums = num_parts == 1 ? two : (float*)own_scratch.get((end - begin) * tile_size * 4);
-        const auto sums_of = [&](int64_t i) { return sums + (num_parts == 1 ? i % 2 : i - begin) * tile_size; };
-        for (int64_t part = 0, first = 0; part < num_parts; part++) {
-            const int64_t last = (steps / 16 * (part + 1) / num_parts) * 16;
-            for (int64_t i = begin; i < end; i++) {
-                const int64_t start = tile_start(i), height = tile_start(i + 1) - start;
-                const int32_t* from = last_tile && i == num_tiles - 1 ? last_tile : activations + start * stride;
-                const auto finish_earlier = [&](int64_t from, int64_t to) {
-                    if (i > begin && part == num_parts - 1) finish_part(p, i - 1, from, to, sums_of(i - 1));
-                };
-                const auto multiply = [&](auto unit) {
-                    unit(
-                        from + first, stride, panel + first * PANEL * 4, last - first, part > 0, sums_of(i), next, next_step,
-                        finish_earlier);
-                };
-                with_unit(height > amx::UNIT_ROWS, is_alone, finish_earlier, multiply);
-                next += (last - first) * next_step;
-            }
-            first = last;
-        }
-        finish_part(p, end - 1, 0, amx::TILE_ROWS, sums_of(end - 1));
-    }
-
-    // Calls `multiply` with the version of amx::tile that fits.
-    template <class Then, class Multiply>
-    void with_unit(bool has_two, bool is_alone, const Then&, const Multiply& multiply) const {
-        using amx::Passing;
-        const auto choose = [&](auto is_integer) {
-            constexpr bool I = is_integer.value;
-            if (is_alone)
-                multiply(has_two ? amx::tile<I, true, Passing::PANEL, Then> : amx::tile<I, false, Passing::PANEL, Then>);
-            else
-                multiply(has_two ? amx::tile<I, true, Passing::ROWS, Then> : amx::tile<I, false, Passing::ROWS, Then>);
-        };
-        if (l.form == DYNAMIC_INT8)
-            choose(std::true_type{});
-        else
-            choose(std::false_type{});
-    }
-
-    // Those of the tile's rows [first, last) that exist.
-    void finish_part(int64_t p, int64_t tile, int64_t first, int64_t last, const float* sums) const {
-        const int64_t start = tile_start(tile), end = std::min(start + last, tile_start(tile + 1));
-        if (start + first < end) finish(p, start + first, end, sums + first * PANEL);
-    }
-
     void finish(int64_t p, int64_t start, int64_t end, const float* c) const {
         kernels.finish(l, p, end - start, row_scales + start, c, out + start * l.out_features * (l.is_bfloat16 ? 2 : 4));
     }
@@ -319,7 +260,7 @@ extern "C" void cf_linear(
         product.tile_rows = product.is_grouped() ? amx::UNIT_ROWS : amx::TILE_ROWS;
     }
     if (!product.tiles && !product.is_grouped() && rows >= MIN_MANY_ROWS)
-        return many_rows::multiply(l, x, rows, product.stride_bytes, product.steps / 16, out, num_threads);
+        return many_rows::multiply(l, x, rows, product.stride_bytes, out, num_threads);
     product.num_tiles = (rows + product.tile_rows - 1) / product.tile_rows;
     product.row_scales = (float*)scale_scratch.get(rows * 4);
     if (product.sums_groups()) product.row_sums = (float*)sum_scratch.get(rows * num_groups(l) * 4);
@@ -327,8 +268,6 @@ extern "C" void cf_linear(
     if (product.is_in_place()) {
         product.activations = (const int32_t*)x;
         product.stride = product.stride_bytes / 4;
-        if (!product.tiles && !product.is_streamed() && rows % amx::UNIT_ROWS)
-            product.copy_last_tile((int32_t*)row_scratch.get(amx::TILE_ROWS * product.stride * 4));
     } else {
         // An odd number of cache lines, or rows would lie in the same set of the cache where k is a power of two.
         product.stride = (product.items / 16 | 1) * 16;
@@ -354,6 +293,9 @@ extern "C" void cf_linear(
             for (int64_t row = 0; row < rows; row++) prepare(row);
         }
         if (!product.tiles) amx::begin(product.is_streamed() ? product.streamed_height() : std::min(rows, product.tile_rows));
+        // For those rows that vectors multiply in its place.
+        const unsigned control = _mm_getcsr();
+        if (product.is_grouped() && !product.tiles) _mm_setcsr(control | FLUSHES_DENORMALS);
         if (product.is_streamed()) {
             const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
             product.stream_panels(l.num_panels * i / n, l.num_panels * (i + 1) / n);
@@ -364,6 +306,18 @@ extern "C" void cf_linear(
                 for (int64_t p = 0; p < l.num_panels; p++) product.multiply_panel(p, first, last);
             }
         }
+        _mm_setcsr(control);
         if (!product.tiles) amx::end();
     }
+}
+
+// Two products, one after the other: out [rows][out_features of down] = down times (gate_up times x). `inner` is memory for the rows
+// between them.
+extern "C" void cf_linear_twice(
+    const Linear* gate_up, const Linear* down, const void* x, int64_t rows, int64_t stride, void* inner, void* out,
+    int64_t num_threads) {
+    if (has_matrix_unit() && rows >= MIN_MANY_ROWS && many_rows::can_be_one(*gate_up, *down))
+        return many_rows::multiply_both(*gate_up, *down, x, rows, stride * 2, out, num_threads);
+    cf_linear(gate_up, x, rows, stride, inner, num_threads);
+    cf_linear(down, inner, rows, down->in_features, out, num_threads);
 }

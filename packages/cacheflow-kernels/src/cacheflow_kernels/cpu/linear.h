@@ -46,7 +46,7 @@ static inline int64_t num_groups(const Linear& l) {
 
 // The product of a few rows of activations, `stride` 4-byte items apart, and a panel, into c [rows][32]. Products are added in
 // the order of k, whatever the number of rows, so that a row's result does not depend on the others. Meanwhile the tile fetches
-// its share of the next panel: it begins at `next`, and a step's part is next_step bytes.
+// its share of what comes next: it begins at `next`, and a step's part is next_step bytes.
 using Tile =
     void (*)(const void* rows, int64_t stride, const void* panel, int64_t steps, float* c, const char* next, int64_t next_step);
 
@@ -76,5 +76,6 @@ struct MatrixUnitKernels {
     GroupedTile grouped[2][16];
     void (*grouped_stream[2][16])(
         const Linear&, int64_t begin, int64_t end, const int32_t* rows, int64_t stride, const float* row_sums, void* out);
+    void (*grouped_row[2])(const Linear&, int64_t begin, int64_t end, const float* row, const float* row_sums, void* out);
     void (*unpack[2])(const Linear&, int64_t panel, char* out);
 };

@@ -23,20 +23,39 @@ constexpr int64_t MIN_BLOCK_ROWS = 256;
 // Lines of a row, of which a panel's part stays in the first cache of 48 KiB while tiles pass by: 36 KiB.
 constexpr int64_t PART_LINES = 18;
 
-static thread_local Scratch tile_memory, scale_memory, sum_memory, turned_memory, byte_memory;
+static thread_local Scratch tile_memory, scale_memory, sum_memory, turned_memory, byte_memory, inner_memory;
 
 static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the block of rows that is multiplied lies, and where its results go.
+// Rows as the unit reads them: [rows / 16][lines][16][64].
+struct Tiles {
+    char* memory;
+    int64_t lines;
+
+    char* unit(int64_t row, int64_t line) const { return memory + (row / UNIT_ROWS * lines + line) * UNIT; }
+    Tiles from(int64_t row) const { return {unit(row, 0), lines}; }
+};
+
+// Where results go: rows one behind the other, or tiles.
+struct Results {
+    char* memory;
+    int64_t row_bytes, lines = 0;  // lines: of tiles
+
+    char* at(int64_t row, int64_t bytes) const {
+        if (!lines) return memory + row * row_bytes + bytes;
+        return Tiles{memory, lines}.unit(row, bytes / LINE) + bytes % LINE;
+    }
+    // From the 16th row of a unit to the first of the next, beyond what it is from the 15th to the 16th.
+    int64_t jump() const { return lines ? lines * UNIT - UNIT_ROWS * LINE : 0; }
+};
+
+// A block of rows, and where its product goes.
 struct Block {
     const Linear& l;
-    char* tiles;          // [rows / 16][lines][16][64]
-    int64_t lines, rows;
-    float* row_scales;    // DYNAMIC_INT8
-    char* out;
-    int64_t out_bytes;    // from row to row
-
-    char* unit(int64_t row, int64_t line) const { return tiles + (row / UNIT_ROWS * lines + line) * UNIT; }
+    Tiles tiles;
+    int64_t rows;
+    float* row_scales;  // DYNAMIC_INT8
+    Results results;
 };
 
 // Writes row `row` of the block: x in the type that is multiplied, with zeros behind it.
@@ -50,8 +69,8 @@ static void copy_row(const Block& b, const char* x, int64_t row) {
         x = rounded;
         size = k;
     }
-    char* to = b.unit(row, 0) + row % UNIT_ROWS * LINE;
-    for (int64_t at = 0; at < b.lines * LINE; at += LINE, to += UNIT) {
+    char* to = b.tiles.unit(row, 0) + row % UNIT_ROWS * LINE;
+    for (int64_t at = 0; at < b.tiles.lines * LINE; at += LINE, to += UNIT) {
         const int64_t left = size - at;
         const __mmask64 exist = left >= LINE ? ~(__mmask64)0 : left > 0 ? ((__mmask64)1 << left) - 1 : 0;
         _mm512_store_si512(to, _mm512_maskz_loadu_epi8(exist, x + at));
@@ -127,14 +146,15 @@ struct Unfinished {
     avx512bf16::PanelEnd<T, IS_INTEGER> end;
     const float *sums = nullptr, *row_scales = nullptr;
     char* out = nullptr;
-    int64_t out_bytes = 0, num_columns = 0, left = 0;
+    int64_t row_bytes = 0, jump = 0, num_columns = 0, done = 0, rows = 0;
 
-    __attribute__((always_inline)) void finish(int64_t rows) {
-        for (int64_t last = left > rows ? left - rows : 0; left > last; left--) {
+    __attribute__((always_inline)) void finish(int64_t at_most) {
+        for (const int64_t last = std::min(rows, done + at_most); done < last;) {
             end.template finish_row<IS_GATED>(sums, IS_INTEGER ? *row_scales : 1.0f, num_columns, (T*)out);
             sums += PANEL;
-            out += out_bytes;
+            out += row_bytes;
             if (IS_INTEGER) row_scales++;
+            if (++done == UNIT_ROWS) out += jump;
         }
     }
 };
@@ -144,17 +164,17 @@ template <class T, bool IS_INTEGER, bool IS_GATED>
 static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
     const Linear& l = b.l;
     constexpr int64_t COLUMNS = IS_GATED ? PANEL / 2 : PANEL, TILE_SUMS = TILE_ROWS * PANEL;
-    const int64_t num_tiles = divided_up(b.rows, TILE_ROWS), panel_bytes = b.lines * PANEL_UNIT;
+    const int64_t num_tiles = divided_up(b.rows, TILE_ROWS), lines = b.tiles.lines, panel_bytes = lines * PANEL_UNIT;
     // The whole block along k if it fits the second cache.
-    const int64_t num_spans = divided_up(b.lines * b.rows * LINE, BLOCK_BYTES);
-    const bool has_parts = b.lines > PART_LINES;
+    const int64_t num_spans = divided_up(lines * b.rows * LINE, BLOCK_BYTES);
+    const bool has_parts = lines > PART_LINES || num_spans > 1;
     // A tile's and the next one's; of all tiles where they are parts; of all panels, too, where those come in spans.
     const int64_t num_sums = (num_spans > 1 ? end - begin : 1) * (has_parts ? num_tiles : 2) * TILE_SUMS;
     float* sums = (float*)sum_memory.get(num_sums * 4);
     Unfinished<T, IS_INTEGER, IS_GATED> unfinished;
     int64_t number = 0;
     for (int64_t span = 0; span < num_spans; span++) {
-        const int64_t span_first = b.lines * span / num_spans, span_last = b.lines * (span + 1) / num_spans;
+        const int64_t span_first = lines * span / num_spans, span_last = lines * (span + 1) / num_spans;
         const int64_t span_lines = span_last - span_first, num_parts = divided_up(span_lines, PART_LINES);
         for (int64_t p = begin; p < end; p++) {
             const char* panel = (const char*)l.weight + p * panel_bytes;
@@ -168,22 +188,24 @@ static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
                     float* c = sums + (!has_parts ? number % 2 : (num_spans > 1 ? p - begin : 0) * num_tiles + tile) * TILE_SUMS;
                     const auto multiply = [&](auto has_two) __attribute__((always_inline)) {
                         multiply_tile<IS_INTEGER, has_two.value>(
-                            b.unit(row, first), b.unit(row + UNIT_ROWS, first), panel + first * PANEL_UNIT, last - first, first > 0,
-                            c, fetching, [&]() __attribute__((always_inline)) { unfinished.finish(at_once); });
+                            b.tiles.unit(row, first), b.tiles.unit(row + UNIT_ROWS, first), panel + first * PANEL_UNIT,
+                            last - first, first > 0, c, fetching, [&]() __attribute__((always_inline)) { unfinished.finish(at_once); });
                     };
                     if (rows > UNIT_ROWS)
                         multiply(std::true_type{});
                     else
                         multiply(std::false_type{});
-                    if (last < b.lines) continue;
+                    if (last < lines) continue;
                     unfinished.finish(TILE_ROWS);
                     if (tile == 0) unfinished.end = {l, p};
                     unfinished.num_columns = l.out_features - p * COLUMNS;
                     unfinished.sums = c;
                     unfinished.row_scales = b.row_scales + row;
-                    unfinished.out = b.out + row * b.out_bytes + p * COLUMNS * (int64_t)sizeof(T);
-                    unfinished.out_bytes = b.out_bytes;
-                    unfinished.left = rows;
+                    unfinished.out = b.results.at(row, p * COLUMNS * (int64_t)sizeof(T));
+                    unfinished.row_bytes = b.results.row_bytes;
+                    unfinished.jump = b.results.jump();
+                    unfinished.done = 0;
+                    unfinished.rows = rows;
                 }
             }
         }
@@ -191,7 +213,10 @@ static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
     unfinished.finish(TILE_ROWS);
 }
 
-static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
+// The block times a thread's share of the panels.
+static void multiply_share(const Block& b) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t begin = b.l.num_panels * thread / threads, end = b.l.num_panels * (thread + 1) / threads;
     const bool is_gated = b.l.is_gated;
     if (b.l.form != DYNAMIC_INT8)
         (is_gated ? multiply_panels<BFloat16, false, true> : multiply_panels<BFloat16, false, false>)(b, begin, end);
@@ -201,29 +226,64 @@ static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
         (is_gated ? multiply_panels<float, true, true> : multiply_panels<float, true, false>)(b, begin, end);
 }
 
-// As cf_linear, for PLAIN_BFLOAT16 and DYNAMIC_INT8. A row of x begins each `x_bytes`, and has so many lines once it is padded.
-static void multiply(
-    const Linear& l, const void* x, int64_t rows, int64_t x_bytes, int64_t lines, void* out, int64_t num_threads) {
-    const int64_t at_most = std::max(MIN_BLOCK_ROWS, BLOCK_BYTES / (lines * LINE));
-    const int64_t block_rows = divided_up(divided_up(rows, divided_up(rows, at_most)), TILE_ROWS) * TILE_ROWS;
-    const int64_t out_bytes = l.out_features * (l.is_bfloat16 ? 2 : 4);
-    Block whole{l, tile_memory.get(block_rows * lines * LINE), lines, 0, (float*)scale_memory.get(block_rows * 4), nullptr, out_bytes};
+static int64_t lines_of(const Linear& l) { return divided_up(l.in_features * (l.form == DYNAMIC_INT8 ? 1 : 2), LINE); }
+
+// Rows of equal blocks of so many lines a row.
+static int64_t block_rows(int64_t rows, int64_t lines) {
+    const int64_t at_most = std::max(MIN_BLOCK_ROWS, BLOCK_BYTES / (lines * LINE) / TILE_ROWS * TILE_ROWS);
+    return divided_up(divided_up(rows, divided_up(rows, at_most)), TILE_ROWS) * TILE_ROWS;
+}
+
+// Calls then(block) on each thread for each block of rows of x, which begin each `x_bytes`, once it is copied.
+template <class Then>
+static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t x_bytes, int64_t num_threads, const Then& then) {
+    const int64_t lines = lines_of(l), at_once = block_rows(rows, lines);
+    const Tiles tiles{tile_memory.get(at_once * lines * LINE), lines};
+    float* row_scales = (float*)scale_memory.get(at_once * 4);
 #pragma omp parallel num_threads((int)num_threads)
     {
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         amx::begin(UNIT_ROWS);
-        Block b = whole;
-        for (int64_t first = 0; first < rows; first += block_rows) {
-            b.rows = std::min(block_rows, rows - first);
-            b.out = (char*)out + first * out_bytes;
+        for (int64_t first = 0; first < rows; first += at_once) {
+            const Block block{l, tiles, std::min(at_once, rows - first), row_scales, {}};
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < b.rows; row++)
-                copy_row(b, (const char*)x + (first + row) * x_bytes, row);
-            multiply_panels(b, l.num_panels * thread / threads, l.num_panels * (thread + 1) / threads);
+            for (int64_t row = 0; row < block.rows; row++) copy_row(block, x + (first + row) * x_bytes, row);
+            then(block, first);
 #pragma omp barrier
         }
         amx::end();
     }
+}
+
+// As cf_linear, for PLAIN_BFLOAT16 and DYNAMIC_INT8.
+static void multiply(const Linear& l, const void* x, int64_t rows, int64_t x_bytes, void* out, int64_t num_threads) {
+    const int64_t row_bytes = l.out_features * (l.is_bfloat16 ? 2 : 4);
+    for_each_block(l, (const char*)x, rows, x_bytes, num_threads, [&](Block block, int64_t first) {
+        block.results = {(char*)out + first * row_bytes, row_bytes};
+        multiply_share(block);
+    });
+}
+
+// Whether multiply_both can do it: what lies between the two needs neither padding nor rounding to bytes.
+static bool can_be_one(const Linear& gate_up, const Linear& down) {
+    return gate_up.form == PLAIN_BFLOAT16 && down.form == PLAIN_BFLOAT16 && gate_up.out_features == down.in_features &&
+           down.in_features * 2 % LINE == 0;
+}
+
+// Both products; what lies between stays in tiles.
+static void multiply_both(
+    const Linear& gate_up, const Linear& down, const void* x, int64_t rows, int64_t x_bytes, void* out, int64_t num_threads) {
+    const int64_t lines = lines_of(down), row_bytes = down.out_features * 2;
+    const Tiles inner{inner_memory.get(block_rows(rows, lines_of(gate_up)) * lines * LINE), lines};
+    for_each_block(gate_up, (const char*)x, rows, x_bytes, num_threads, [&](Block block, int64_t first) {
+        block.results = {inner.memory, LINE, lines};
+        multiply_share(block);
+#pragma omp barrier
+        const int64_t at_once = block_rows(block.rows, lines);
+        for (int64_t row = 0; row < block.rows; row += at_once)
+            multiply_share(
+                {down, inner.from(row), std::min(at_once, block.rows - row), nullptr,
+                 {(char*)out + (first + row) * row_bytes, row_bytes}});
+    });
 }
 
 }  // namespace many_rows

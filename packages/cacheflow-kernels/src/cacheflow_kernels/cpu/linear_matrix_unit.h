@@ -1,14 +1,13 @@
 // The tiles of linear.cpp for AMX: up to 32 rows of activations, one after the other, times a panel. The panels are those of the
-// other levels, as their layout is what the matrix unit takes. It multiplies 16 rows at a time, so more are padded to that.
+// other levels, as their layout is what the matrix unit takes.
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,amx-tile,amx-bf16,amx-int8")
 namespace amx {
 
-
 constexpr int64_t UNIT_ROWS = 16, TILE_ROWS = 2 * UNIT_ROWS;
 
-// Registers have rows of 64 bytes: those of the weights 16, the others as many as there are activations, up to 16.
+// Registers have rows of 64 bytes: those of the weights 16, the others as many as there are activations, the first 16 and the rest.
 struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -25,81 +24,11 @@ static void begin(int64_t tile_rows) { _tile_loadconfig(&CONFIGS[tile_rows - 1])
 
 static void end() { _tile_release(); }
 
-// Which operand is read once only, and should not take the first cache's place from the other.
-enum class Passing { ROWS, PANEL };
-
-// As a Tile. Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before.
-// While the unit multiplies, meanwhile(from, to) is called for parts of [0, TILE_ROWS), one after the other: for what vectors
-// have to do with the rows of an earlier tile.
-template <bool IS_INTEGER, bool HAS_TWO, Passing PASSING, class Meanwhile>
-static void tile(
-    const void* rows, int64_t stride, const void* panel, int64_t steps, bool goes_on, float* c, const char* next,
-    int64_t next_step, const Meanwhile& meanwhile) {
-    const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
-    const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes, *w = (const char*)panel;
-    if (goes_on) {
-        _tile_loadd(0, c, c_row_bytes);
-        _tile_loadd(1, c + 16, c_row_bytes);
-        if (HAS_TWO) {
-            _tile_loadd(2, c + UNIT_ROWS * PANEL, c_row_bytes);
-            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (HAS_TWO) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
-    const int64_t part = (TILE_ROWS * 16 + steps - 1) / steps;
-    int64_t done = 0;
-    for (int64_t step = 0; step < steps; step += 16) {
-        for (const char* end = next + 16 * next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
-        const char *x = upper + step * 4, *y = lower + step * 4, *columns = w + step * panel_row_bytes;
-        if (PASSING == Passing::ROWS) {
-            _tile_stream_loadd(4, x, row_bytes);
-            _tile_loadd(6, columns, panel_row_bytes);
-            _tile_loadd(7, columns + 64, panel_row_bytes);
-            if (HAS_TWO) _tile_stream_loadd(5, y, row_bytes);
-        } else {
-            _tile_loadd(4, x, row_bytes);
-            _tile_stream_loadd(6, columns, panel_row_bytes);
-            _tile_stream_loadd(7, columns + 64, panel_row_bytes);
-            if (HAS_TWO) _tile_loadd(5, y, row_bytes);
-        }
-        if (IS_INTEGER) {
-            _tile_dpbusd(0, 4, 6);
-            _tile_dpbusd(1, 4, 7);
-            if (HAS_TWO) {
-                _tile_dpbusd(2, 5, 6);
-                _tile_dpbusd(3, 5, 7);
-            }
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (HAS_TWO) {
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        if (done < TILE_ROWS) {
-            const int64_t from = done;
-            done = from + part < TILE_ROWS ? from + part : TILE_ROWS;
-            meanwhile(from, done);
-        }
-    }
-    _tile_stored(0, c, c_row_bytes);
-    _tile_stored(1, c + 16, c_row_bytes);
-    if (HAS_TWO) {
-        _tile_stored(2, c + UNIT_ROWS * PANEL, c_row_bytes);
-        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
-    }
-}
-
-// The same for the few rows that all meet a panel when it comes from memory: one tile or TILES of them. Lines of weights are asked
-// for in the order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first of
-// those that this tile asks for, its share of as many as it reads.
+// As a Tile, for rows so few that all of them meet a panel when it comes from memory: one tile, or TILES of them. Registers 0 to 3
+// are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before. Lines of weights are asked for in the
+// order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first of those that this
+// tile asks for, its share of as many as it reads. While the unit multiplies, meanwhile(from, to) is called for parts of
+// [0, height), one after the other: for what vectors have to do with an earlier tile of as many rows.
 template <bool IS_INTEGER, bool HAS_TWO, int TILES, class Meanwhile>
 static void stream(
     const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, bool goes_on, float* c, const char* next,

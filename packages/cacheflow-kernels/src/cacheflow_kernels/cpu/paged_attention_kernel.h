@@ -376,68 +376,117 @@ INLINE float power(float x) {
     return PAIRS<T> ? exp2f(x) : expf(x);
 }
 
-// Rows of the cache that are asked for while others are worked on: all their lines, as the processor's own prefetching ends
-// with each page and blocks lie anywhere. Only some requests can be under way, so they are spread evenly over the work: in
-// bursts they held it up (32/8 heads x 128 reached 0.72 of read bandwidth, not 0.80).
-struct Ahead {
-    const void* const* pieces;  // of one row each, or of CHUNK_KEYS
-    int64_t row_bytes, num_rows;
-    bool is_in_chunks;
-    int64_t asked = 0;
+// Consecutive lines of memory.
+struct Run {
+    const char* from;
+    int64_t lines;
+};
 
-    // Asks for `count` more rows, none from number `end` on; in chunks `count` is a power of two.
-    void ask(int64_t count, int64_t end) {
-        end = std::min(end, num_rows);
-        if (!is_in_chunks) {
-            for (const int64_t last = std::min(asked + count, end); asked < last; asked++) ask_bytes(pieces[asked], row_bytes);
-        } else if (asked < end) {
-            const char* piece = static_cast<const char*>(pieces[asked / CHUNK_KEYS]);
-            ask_bytes(piece + asked % CHUNK_KEYS * row_bytes, count * row_bytes);
-            asked += count;
+// Asks for what a thread will read, in the order of memory and spread over its work: only some requests can be under way, and in
+// bursts they held the work up (32/8 heads x 128 reached 0.72 of read bandwidth, not 0.80).
+struct Ahead {
+    std::vector<Run> runs;
+    size_t next = 0;
+    Run now{nullptr, 0};
+    int64_t lines_behind = 0;   // of the runs behind `now`
+    int64_t pace = 0, due = 0;  // lines for each call of `ask`, and those that are due, in 256ths
+
+    void add(const char* from, int64_t bytes) {
+        const auto first = reinterpret_cast<uintptr_t>(from) / 64, last = (reinterpret_cast<uintptr_t>(from) + bytes + 63) / 64;
+        const char* line = reinterpret_cast<const char*>(first * 64);
+        lines_behind += last - first;
+        if (next < runs.size() && runs.back().from + 64 * runs.back().lines == line) {
+            runs.back().lines += last - first;
+            return;
+        }
+        if (next == runs.size()) runs.clear(), next = 0;
+        runs.push_back({line, int64_t(last - first)});
+    }
+
+    int64_t lines_left() const { return now.lines + lines_behind; }
+
+    // The next `calls` of `ask` share `lines`.
+    void spread(int64_t lines, int64_t calls) { pace = calls > 0 ? (lines * 256 + calls - 1) / calls : 0; }
+
+    __attribute__((always_inline)) void ask() {
+        for (due += pace; due >= ASKED_AT_ONCE * 256;) {
+            if (__builtin_expect(now.lines < ASKED_AT_ONCE, false)) {
+                if (!ask_for_rest()) return;
+                continue;
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < ASKED_AT_ONCE; i++) _mm_prefetch(now.from + 64 * i, _MM_HINT_T1);
+            now.from += 64 * ASKED_AT_ONCE, now.lines -= ASKED_AT_ONCE, due -= ASKED_AT_ONCE * 256;
         }
     }
 
-    static void ask_bytes(const void* from, int64_t count) {
-        for (int64_t byte = 0; byte < count; byte += 64) _mm_prefetch(static_cast<const char*>(from) + byte, _MM_HINT_T1);
+    // Asks for what is left of a run and goes on to the next, if there is one.
+    __attribute__((noinline)) bool ask_for_rest() {
+        for (; now.lines; now.from += 64, now.lines--) _mm_prefetch(now.from, _MM_HINT_T1);
+        if (next == runs.size()) {
+            due = 0;
+            return false;
+        }
+        now = runs[next++];
+        lines_behind -= now.lines;
+        return true;
     }
 };
 
 // Turns one row of scores into probabilities in T's packed form; keys outside [low, high) of the block are hidden. Updates the
-// row's maximum and sum, and returns the factor that brings what was added up before to the new maximum. Asks for rows `ahead`.
+// row's maximum and sum, and returns the factor that brings what was added up before to the new maximum. Asks `ahead` meanwhile.
 template <class T>
 INLINE float soften(
     const Layer& layer, float slope, float* scores, int64_t num_keys, int64_t low, int64_t high, int64_t distance,
     uint32_t* probabilities, float& maximum_so_far, float& sum_so_far, Ahead* ahead = nullptr) {
     Ints lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    Floats largest = splat(-INFINITY);
-    const float scale = layer.scale * UNIT<T>;
-    for (int64_t key = 0; key < num_keys; key += LANES) {
-        Floats score = load_raw<Floats>(scores + key);
-        score = layer.soft_cap ? bent(score * layer.scale, layer.soft_cap) * UNIT<T> : score * scale;
-        const Ints position = lane + int32_t(key);
-        if (layer.alibi_slopes) score += slope * UNIT<T> * __builtin_convertvector(position - int32_t(distance), Floats);
-        if (key < low || key + LANES > high) {
-            const Ints is_visible = (position >= int32_t(low)) & (position < int32_t(high));
-            score = is_visible ? score : splat(-INFINITY);
+    float scale = layer.scale * UNIT<T>;
+    if (layer.soft_cap || layer.alibi_slopes || scale <= 0) {
+        for (int64_t key = 0; key < num_keys; key += LANES) {
+            Floats score = load_raw<Floats>(scores + key) * layer.scale;
+            if (layer.soft_cap) score = bent(score, layer.soft_cap);
+            if (layer.alibi_slopes) score += slope * __builtin_convertvector(lane + int32_t(key - distance), Floats);
+            store_raw(scores + key, score * UNIT<T>);
         }
-        store_raw(scores + key, score);
-        largest = larger(largest, score);
+        scale = 1;
     }
-    const float before = maximum_so_far, now = std::max(before, maximum(largest));
+    auto hide = [&](int64_t key) {
+        const Ints position = lane + int32_t(key);
+        const Ints is_visible = (position >= int32_t(low)) & (position < int32_t(high));
+        store_raw(scores + key, is_visible ? load_raw<Floats>(scores + key) : splat(-INFINITY));
+    };
+    const int64_t visible = (std::max<int64_t>(low, 0) + LANES - 1) / LANES * LANES;
+    for (int64_t key = 0; key < std::min(visible, num_keys); key += LANES) hide(key);
+    for (int64_t key = std::max(visible, high / LANES * LANES); key < num_keys; key += LANES) hide(key);
+    // Two sums and maxima, as each step waits for the one before it.
+    Floats largest = load_raw<Floats>(scores), also = largest;
+    int64_t key = 0;
+    for (; key + 2 * LANES <= num_keys; key += 2 * LANES) {
+        largest = larger(largest, load_raw<Floats>(scores + key));
+        also = larger(also, load_raw<Floats>(scores + key + LANES));
+    }
+    if (key < num_keys) largest = larger(largest, load_raw<Floats>(scores + key));
+    const float before = maximum_so_far, now = std::max(before, maximum(larger(largest, also)) * scale);
     maximum_so_far = now;
     // Nothing visible so far: any finite reference turns the hidden keys into zeros.
     const float reference = now == -INFINITY ? 0.0f : now;
-    Floats total{};
-    for (int64_t key = 0; key < num_keys; key += LANES) {
-        if (ahead && key % (2 * LANES) == 0) ahead->ask(2, num_keys);
-        const Floats p = power<T>(load_raw<Floats>(scores + key) - reference);
+    const auto soften_keys = [&](int64_t key) {
+        const Floats p = power<T>(load_raw<Floats>(scores + key) * scale - reference);
         if constexpr (PAIRS<T>)
             store_raw(reinterpret_cast<uint16_t*>(probabilities) + key, narrow(p, BFloat16{}));
         else
             store_raw(probabilities + key, p);
-        total += p;
+        return p;
+    };
+    Floats total{}, rest{};
+    for (key = 0; key + 2 * LANES <= num_keys; key += 2 * LANES) {
+        if (ahead) ahead->ask();
+        total += soften_keys(key);
+        rest += soften_keys(key + LANES);
     }
+    if (key < num_keys) total += soften_keys(key);
+    total += rest;
     const float factor = before == now ? 1.0f : before == -INFINITY ? 0.0f : power<T>(before - now);
     sum_so_far = sum_so_far * factor + sum(total);
     return factor;
@@ -456,7 +505,8 @@ INLINE void finish(
         return;
     }
     T* to = out + (token * layer.num_heads + head) * head_size;
-    for (int64_t i = 0; i < head_size; i += LANES) store(to + i, load_raw<Floats>(result + i) / sum, head_size - i);
+    const float factor = 1 / sum;
+    for (int64_t i = 0; i < head_size; i += LANES) store(to + i, load_raw<Floats>(result + i) * factor, head_size - i);
 }
 
 // Where `count` tokens from position `begin` on lie for one head; those outside [begin, end) are zeros, as what the cache
@@ -573,49 +623,53 @@ static void paged_attention(
         const Item& item = work.items[i / layer.num_kv_heads];
         return few_heads && item.last - item.first == 1 && item.key_end - item.key_begin <= SPLIT;
     };
+    const int64_t head_bytes = 2 * SPLIT * layer.head_size * sizeof(T);
+    const int64_t heads_at_once = std::max<int64_t>(1, std::min(layer.num_kv_heads, UNIT_BYTES / head_bytes));
     std::atomic<int64_t> taken{0};
 #pragma omp parallel if (work.multiply_adds > MIN_PARALLEL)
     {
-        Rows<T> rows[2];
-        auto locate_rows = [&](int64_t i, Rows<T>& found) {
-            found.locate(batch, layer, cache, work.items[i / layer.num_kv_heads], i % layer.num_kv_heads);
+        Rows<T> rows;
+        Ahead ahead;
+        const int64_t num_threads = omp_get_num_threads();
+        const auto take = [&] {
+            int64_t first = taken.load(), count;
+            do {
+                count = 1;
+                // The last heads are taken one by one, so that all threads end at about the same time.
+                if (first + num_threads + heads_at_once <= num_items && is_decode(first))
+                    count = std::min(heads_at_once, layer.num_kv_heads - first % layer.num_kv_heads);
+            } while (!taken.compare_exchange_weak(first, first + count));
+            return Unit{first, first + count};
         };
-        // While there is enough for all threads, one takes all heads of a decode: they lie in the same pages. 64 sequences of
-        // 302 tokens (9/3 heads x 64, 30 layers) took 21.9 ms so, and 23.3 with heads taken one by one.
-        const int64_t many = 4 * omp_get_num_threads();
-        int64_t own = 0, own_end = 0;
-        auto take = [&] {
-            if (own == own_end) {
-                const int64_t first = taken.load();
-                const bool is_far = first + many + layer.num_kv_heads <= num_items;
-                const int64_t count = is_far && is_decode(first) ? layer.num_kv_heads : 1;
-                own = taken.fetch_add(count);
-                own_end = own + count;
-            }
-            return own++;
+        const auto add_ahead = [&](const Unit& unit) {
+            const Item& item = work.items[unit.first / layer.num_kv_heads];
+            const int64_t kv_head = unit.first % layer.num_kv_heads;
+            ask_for(batch, layer, cache, item, kv_head, kv_head + unit.last - unit.first, sizeof(T), ahead);
         };
-        bool is_located = false;
-        for (int64_t i = take(), next, now = 0; i < num_items; i = next) {
-            const Item& item = work.items[i / layer.num_kv_heads];
-            const int64_t kv_head = i % layer.num_kv_heads;
+        bool is_asked_for = false;
+        for (Unit unit = take(), next; unit.first < num_items; unit = next) {
+            const Item& item = work.items[unit.first / layer.num_kv_heads];
             float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
-            if (!is_decode(i)) {
-                attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, kv_head, partial, static_cast<T*>(out));
+            const int64_t first_head = unit.first % layer.num_kv_heads;
+            if (!is_decode(unit.first)) {
+                attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, first_head, partial, static_cast<T*>(out));
                 next = take();
-                is_located = false;
+                is_asked_for = false;
                 continue;
             }
-            if (!is_located) locate_rows(i, rows[now]);
-            // While there is enough for all threads, the next item is taken early, so that its keys can be asked for.
-            const bool is_early = own < own_end || taken + many < num_items;
+            if (!is_asked_for) add_ahead(unit);
+            // While there is enough for all threads, the next unit is taken early, so that its keys and values can be asked for.
+            const bool is_early = taken + num_threads <= num_items;
             if (is_early) next = take();
-            is_located = is_early && next < num_items && is_decode(next);
-            if (is_located) locate_rows(next, rows[now ^ 1]);
-            decode(
-                batch, layer, static_cast<const T*>(q), q_stride, item, kv_head, rows[now],
-                is_located ? &rows[now ^ 1] : nullptr, partial, static_cast<T*>(out));
+            is_asked_for = is_early && next.first < num_items && is_decode(next.first);
+            if (is_asked_for) add_ahead(next);
+            for (int64_t left = unit.last - unit.first, kv_head = first_head; left > 0; left--, kv_head++) {
+                rows.locate(batch, layer, cache, item, kv_head);
+                decode(
+                    batch, layer, static_cast<const T*>(q), q_stride, item, kv_head, rows, ahead, ahead.lines_left() / left, partial,
+                    static_cast<T*>(out));
+            }
             if (!is_early) next = take();
-            now ^= 1;
         }
         release_matrices();
 #pragma omp barrier

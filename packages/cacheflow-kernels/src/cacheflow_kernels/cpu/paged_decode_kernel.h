@@ -32,19 +32,18 @@ template <class T>
 INLINE void score_keys(
     const T* const* keys, int64_t key, const uint32_t* queries, int64_t num_words, int64_t rows, int64_t head_size,
     float* scores, Ahead& ahead) {
-    const int64_t steps = rows * num_words / LANES, asked_per_step = (LANES + steps - 1) / steps;
     const int64_t whole = head_size / (PAIRS<T> ? 2 * LANES : LANES) * LANES;
     for (int64_t row = 0; row < rows; row++, queries += num_words) {
         Floats sums[LANES] = {};
         for (int64_t word = 0; word < whole; word += LANES) {
             const auto query = load_raw<Ints>(queries + word);
-            ahead.ask(asked_per_step, key + LANES);
+            ahead.ask();
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 sums[i] = multiply_add_words<T>(sums[i], query, load_words(keys[key + i], word, INT32_MAX));
         }
         if (whole < num_words) {
-            ahead.ask(asked_per_step, key + LANES);
+            ahead.ask();
             const auto query = load_raw<Ints>(queries + whole);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
@@ -60,13 +59,6 @@ constexpr int PACKED_WORDS = HAS_BF16_DOT ? 4 * 16 * 64 : 0;  // 4 right operand
 // From L2, 4 query rows took keys and values at 79 GB/s on the matrix unit (without it 37) and 3 rows at 64 (44); one row,
 // whose keys alone were tried there, at 79 (106).
 constexpr int MIN_MATRIX_ROWS = 3;
-
-// How many of `rows` to ask for in each of `steps`: a power of two, as it must divide what lies at one address.
-INLINE int64_t rows_at_once(int64_t rows, int64_t steps) {
-    int64_t count = 1;
-    while (count * steps < rows) count *= 2;
-    return count;
-}
 
 // Whether the matrix unit pays, each 16 keys of an item lie one after the other, and they fill its tiles.
 template <class T>
@@ -89,7 +81,6 @@ void score_matrices(
     Ints from;  // the first row's scores of 8 keys in two vectors of 4 keys times 4 rows
     for (int i = 0; i < LANES; i++) from[i] = i % 8 * 4;
     const int64_t stride = head_size * sizeof(T);
-    const int64_t steps = (rows + 3) / 4 * num_words / 16, asked_per_tile = rows_at_once(CHUNK_KEYS, steps);
     for (int64_t first = 0; first < rows; first += 4) {
         for (int64_t word = 0; word < num_words; word++)
             for (int64_t row = 0; row < 4; row++)
@@ -106,21 +97,21 @@ void score_matrices(
                 _tile_loadd(7, turned + 4 * word, 16);
                 _tile_loadd(4, chunks[0] + 2 * word, stride);
                 _tile_dpbf16ps(0, 4, 7);
-                ahead.ask(asked_per_tile, num_keys);
+                ahead.ask();
                 if (count > 1) {
                     _tile_loadd(5, chunks[1] + 2 * word, stride);
                     _tile_dpbf16ps(1, 5, 7);
-                    ahead.ask(asked_per_tile, num_keys);
+                    ahead.ask();
                 }
                 if (count > 2) {
                     _tile_loadd(6, chunks[2] + 2 * word, stride);
                     _tile_dpbf16ps(2, 6, 7);
-                    ahead.ask(asked_per_tile, num_keys);
+                    ahead.ask();
                 }
                 if (count > 3) {
                     _tile_loadd(4, chunks[3] + 2 * word, stride);
                     _tile_dpbf16ps(3, 4, 7);
-                    ahead.ask(asked_per_tile, num_keys);
+                    ahead.ask();
                 }
             }
             _tile_stored(0, sums, 16);
@@ -149,7 +140,7 @@ void score_matrices(
 template <bool IS_WIDE, class T>
 INLINE void add_value_columns(
     const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t column, int64_t head_size,
-    uint32_t* packed, float* out, int64_t width, Ahead* next_values, int64_t asked_per_pair) {
+    uint32_t* packed, float* out, int64_t width, Ahead& ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -161,7 +152,7 @@ INLINE void add_value_columns(
             uint32_t* to = operand + chunk * 8 * 64;
 #pragma GCC unroll 8
             for (int pair = 0; pair < 8; pair++, from += 2 * head_size, to += 64) {
-                if (next_values) next_values->ask(asked_per_pair, num_keys);
+                if (pair % 4 == 0) ahead.ask();
 #pragma GCC unroll 2
                 for (int half = 0; half <= IS_WIDE; half++) {
                     const auto even = load_raw<__m512i>(from + 32 * half);
@@ -195,19 +186,16 @@ INLINE void add_value_columns(
 template <class T>
 void add_value_matrices(
     const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t rows, int64_t head_size, uint32_t* packed,
-    float* out, int64_t width, Ahead* next_values) {
-    const int64_t asked_per_pair = rows_at_once(2, (head_size + 63) / 64);
+    float* out, int64_t width, Ahead& ahead) {
     TileShapes shapes;  // 0 to 3: sums [rows, 16]; 4: probabilities of 32 keys; 5 and 6: values
     for (int tile : {0, 1, 2, 3, 4}) shapes.rows[tile] = rows;
     asm volatile("" : : "r"(&shapes) : "memory");
     _tile_loadconfig(&shapes);
     for (int64_t column = 0; column < head_size; column += 64) {
         if (column + 32 < head_size)
-            add_value_columns<true>(
-                values, num_keys, probabilities, column, head_size, packed, out, width, next_values, asked_per_pair);
+            add_value_columns<true>(values, num_keys, probabilities, column, head_size, packed, out, width, ahead);
         else
-            add_value_columns<false>(
-                values, num_keys, probabilities, column, head_size, packed, out, width, next_values, asked_per_pair);
+            add_value_columns<false>(values, num_keys, probabilities, column, head_size, packed, out, width, ahead);
     }
     asm volatile("" : : : "memory");
 }
@@ -222,13 +210,12 @@ constexpr int VALUE_STEP = VALUE_VECTORS * LANES;
 template <class T, int ROWS, bool IS_WHOLE>
 INLINE void add_values(
     const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t column, int64_t head_size, float* out,
-    int64_t width, Ahead* next_values, int64_t asked_end) {
+    int64_t width, Ahead& ahead) {
     Floats sums[ROWS][VALUE_VECTORS] = {};
 #if HAS_BF16_DOT
     if constexpr (PAIRS<T>) {
-        const int64_t asked_per_pair = next_values ? (2 * VALUE_STEP + head_size - 1) / head_size : 0;
         for (int64_t pair = 0; pair < num_keys / 2; pair++) {
-            if (asked_per_pair) next_values->ask(asked_per_pair, asked_end);
+            ahead.ask();
             Ints operands[VALUE_VECTORS];
 #pragma GCC unroll 2
             for (int j = 0; j < VALUE_VECTORS; j += 2) {
@@ -247,9 +234,8 @@ INLINE void add_values(
     }
 #endif
     if constexpr (!PAIRS<T>) {
-        const int64_t asked_per_key = next_values ? (VALUE_STEP + head_size - 1) / head_size : 0;
         for (int64_t key = 0; key < num_keys; key++) {
-            if (asked_per_key) next_values->ask(asked_per_key, asked_end);
+            ahead.ask();
             Ints operands[VALUE_VECTORS];
 #pragma GCC unroll 4
             for (int j = 0; j < VALUE_VECTORS; j++) {
@@ -277,12 +263,12 @@ INLINE void add_values(
 template <class T, int ROWS>
 INLINE void add_value_rows(
     const T* const* values, int64_t num_keys, const uint32_t* probabilities, int64_t head_size, float* out, int64_t width,
-    Ahead* next_values, int64_t asked_end) {
+    Ahead& ahead) {
     for (int64_t column = 0; column < head_size; column += VALUE_STEP) {
         if (column + VALUE_STEP <= head_size)
-            add_values<T, ROWS, true>(values, num_keys, probabilities, column, head_size, out, width, next_values, asked_end);
+            add_values<T, ROWS, true>(values, num_keys, probabilities, column, head_size, out, width, ahead);
         else
-            add_values<T, ROWS, false>(values, num_keys, probabilities, column, head_size, out, width, next_values, asked_end);
+            add_values<T, ROWS, false>(values, num_keys, probabilities, column, head_size, out, width, ahead);
     }
 }
 
@@ -344,17 +330,34 @@ struct Rows {
             values[whole + (left > 0)] = padded + size;
         }
     }
-
-    Ahead ahead_of(const T* const* rows, int64_t head_size) const {
-        return {reinterpret_cast<const void* const*>(rows), head_size * int64_t(sizeof(T)), num_keys, is_in_chunks};
-    }
 };
 
-// `next`: what this thread will work on afterwards, or null.
+// Asks for the keys and values of an item's heads [first_head, last_head): block by block, as they lie. A block that is not
+// whole is asked for head by head.
+INLINE void ask_for(
+    const Batch& batch, const Layer& layer, const Cache& cache, const Item& item, int64_t first_head, int64_t last_head,
+    int64_t element, Ahead& ahead) {
+    const int32_t* table = batch.block_tables + item.seq * batch.table_stride;
+    const int64_t row = layer.head_size * element, head = layer.block_size * row;
+    for (int64_t key = item.key_begin, end; key < item.key_end; key = end) {
+        end = std::min(key - key % layer.block_size + layer.block_size, item.key_end);
+        const int64_t offset = table[key / layer.block_size] * cache.stride * element + key % layer.block_size * row;
+        const bool is_whole = end - key == layer.block_size;
+        for (const void* part : {cache.k, cache.v}) {
+            const char* from = static_cast<const char*>(part) + offset + first_head * head;
+            if (is_whole)
+                ahead.add(from, (last_head - first_head) * head);
+            else
+                for (int64_t i = first_head; i < last_head; i++, from += head) ahead.add(from, (end - key) * row);
+        }
+    }
+}
+
+// Asks for `lines` of what is `ahead` meanwhile.
 template <class T>
 void decode(
     const Batch& batch, const Layer& layer, const T* q, int64_t q_stride, const Item& item, int64_t kv_head,
-    Rows<T>& rows, const Rows<T>* next, float* partial, T* out) {
+    Rows<T>& rows, Ahead& ahead, int64_t lines, float* partial, T* out) {
     const int64_t group = layer.num_heads / layer.num_kv_heads, head_size = layer.head_size;
     const int64_t words_of_head = PAIRS<T> ? (head_size + 1) / 2 : head_size;
     const int64_t num_words = (words_of_head + LANES - 1) / LANES * LANES;
@@ -371,13 +374,10 @@ void decode(
         for (int64_t word = 0; word < num_words; word += LANES)
             store_raw(queries + row * num_words + word, load_words(from, word, head_size));
     }
-    // All of the next item is asked for, its keys while these are scored, so that it is there by then: 8 sequences of 302
-    // tokens (9/3 heads x 64, 30 layers) took 2.0 ms, and 2.45 when this item's values came first. The last asks for its own.
-    Ahead ahead = next ? next->ahead_of(next->keys, head_size) : rows.ahead_of(rows.values, head_size);
-    Ahead following = next ? next->ahead_of(next->values, head_size) : Ahead{};
-    Ahead* next_values = next ? &following : nullptr;
     float maxima[MAX_DECODE_ROWS], sums[MAX_DECODE_ROWS];
+    const int64_t score_lines = lines * SCORE_PERCENT / 100, soften_lines = lines * SOFTEN_PERCENT / 100;
     auto soften_rows = [&] {
+        ahead.spread(soften_lines, group * (filled / (2 * LANES)));
         for (int64_t row = 0; row < group; row++) {
             maxima[row] = -INFINITY;
             sums[row] = 0;
@@ -385,7 +385,7 @@ void decode(
             const int64_t distance = batch.seq_lens[item.seq] - 1 - item.key_begin;
             soften<T>(
                 layer, slope, scores + row * SPLIT, filled, 0, num_keys, distance, probabilities + row * SPLIT, maxima[row],
-                sums[row], next_values);
+                sums[row], &ahead);
         }
     };
     auto finish_rows = [&] {
@@ -396,29 +396,33 @@ void decode(
     };
 #if HAS_BF16_DOT
     if (rows.is_in_chunks) {
+        ahead.spread(score_lines, (group + 3) / 4 * (num_words / 16) * (num_keys + 15) / 16);
         score_matrices(rows.keys, num_keys, queries, num_words, group, head_size, packed, scores, ahead);
         soften_rows();
         rows.pad_values(head_size);
-        add_value_matrices(rows.values, filled, probabilities, group, head_size, packed, results, width, next_values);
+        ahead.spread(lines - score_lines - soften_lines, (head_size + 63) / 64 * (filled / 8));
+        add_value_matrices(rows.values, filled, probabilities, group, head_size, packed, results, width, ahead);
         finish_rows();
         return;
     }
 #endif
+    ahead.spread(score_lines, group * num_words / LANES * filled / LANES);
     for (int64_t key = 0; key < filled; key += LANES)
         score_keys(rows.keys, key, queries, num_words, group, head_size, scores, ahead);
     soften_rows();
+    ahead.spread(lines - score_lines - soften_lines, (group + 3) / 4 * (width / VALUE_STEP) * filled / (PAIRS<T> ? 2 : 1));
     memset(results, 0, group * width * sizeof(float));
     for (int64_t key = 0; key < filled; key += MAX_CHAIN) {
-        const int64_t now = std::min(MAX_CHAIN, filled - key), end = key + now;
+        const int64_t now = std::min(MAX_CHAIN, filled - key);
         const T* const* some = rows.values + key;
         for (int64_t row = 0; row < group; row += 4) {
             const uint32_t* from = probabilities + row * SPLIT + (PAIRS<T> ? key / 2 : key);
             float* to = results + row * width;
             switch (std::min<int64_t>(4, group - row)) {
-                case 1: add_value_rows<T, 1>(some, now, from, head_size, to, width, next_values, end); break;
-                case 2: add_value_rows<T, 2>(some, now, from, head_size, to, width, next_values, end); break;
-                case 3: add_value_rows<T, 3>(some, now, from, head_size, to, width, next_values, end); break;
-                default: add_value_rows<T, 4>(some, now, from, head_size, to, width, next_values, end);
+                case 1: add_value_rows<T, 1>(some, now, from, head_size, to, width, ahead); break;
+                case 2: add_value_rows<T, 2>(some, now, from, head_size, to, width, ahead); break;
+                case 3: add_value_rows<T, 3>(some, now, from, head_size, to, width, ahead); break;
+                default: add_value_rows<T, 4>(some, now, from, head_size, to, width, ahead);
             }
         }
     }

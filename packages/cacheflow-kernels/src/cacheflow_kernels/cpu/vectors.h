@@ -30,7 +30,15 @@ INLINE Floats splat(float value) {
 
 INLINE Floats widen(Floats vector, float) { return vector; }
 
-INLINE Floats widen(Shorts bits, BFloat16) { return (Floats)(__builtin_convertvector(bits, Ints) << 16); }
+// __builtin_convertvector does it in six instructions instead of one.
+INLINE Floats widen(Shorts bits, BFloat16) {
+#if LANES == 16
+    const Ints wide = (Ints)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+    const Ints wide = (Ints)_mm256_cvtepu16_epi32((__m128i)bits);
+#endif
+    return (Floats)(wide << 16);
+}
 
 INLINE Floats widen(Shorts bits, Float16) {
 #if LANES == 16

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cacheflow_kernels.triton.scores import score
+from cacheflow_kernels.triton.scores import add_tile, score
 
 SPLIT = 256
 """Positions of one split: 2 x 64 KiB of a 128-wide fp16 cache to read against 0.5 KiB a query head of partial results to write.
@@ -97,13 +97,7 @@ def _attend_split(
         distance = (seq_len - 1 - position)[None, :]
         scores = score(queries, keys, scale, soft_cap, slope, distance, HAS_SOFT_CAP, HAS_ALIBI)
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - new_maximum[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        accumulator = accumulator * shrink[:, None]
-        accumulator += tl.dot(weights.to(values.dtype), values, input_precision="tf32x3")
-        maximum = new_maximum
+        accumulator, maximum, total = add_tile(accumulator, maximum, total, scores, values, False)
 
     if first_split == last_split:
         place = out + (row * NUM_KV_HEADS * GROUP + head[:, None]) * HEAD_SIZE + element[None, :]

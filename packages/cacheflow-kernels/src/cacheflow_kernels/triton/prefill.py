@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cacheflow_kernels.triton.scores import score
+from cacheflow_kernels.triton.scores import add_tile, score
 
 
 @triton.jit
@@ -69,15 +69,7 @@ def _attend_tiles(
         scores = score(queries, keys, scale, soft_cap, slope, distance, HAS_SOFT_CAP, HAS_ALIBI)
         if IS_MASKED:
             scores = tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        # A query that sees nothing of the tiles so far has an infinite maximum, and inf - inf is no number.
-        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if IS_MASKED else new_maximum
-        shrink = tl.exp2(maximum - finite)
-        weights = tl.exp2(scores - finite[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        accumulator = accumulator * shrink[:, None]
-        accumulator += tl.dot(weights.to(values.dtype), values, input_precision="tf32x3")
-        maximum = new_maximum
+        accumulator, maximum, total = add_tile(accumulator, maximum, total, scores, values, IS_MASKED)
     return accumulator, maximum, total
 
 

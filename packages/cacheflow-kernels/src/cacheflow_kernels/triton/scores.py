@@ -1,4 +1,7 @@
-"""What both attention kernels share: how a tile of scores is made of queries and keys. It knows neither blocks nor batches."""
+"""What both attention kernels share: how a tile of scores is made of queries and keys, and added to those before.
+
+It knows neither blocks nor batches.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,21 @@ def score(q, k, scale, soft_cap, slope, distance, HAS_SOFT_CAP: tl.constexpr, HA
     if HAS_ALIBI:
         product -= slope * distance
     return product * _LOG2_E
+
+
+@triton.jit
+def add_tile(accumulator, maximum, total, scores, values, CAN_SEE_NOTHING: tl.constexpr):
+    """The running sum of values, weighted by the exponentials of their scores, with a tile more (FlashAttention-2).
+
+    `accumulator` is `[queries, head_size] float32`, `maximum` and `total` are `[queries]` of the scores so far, `scores` is
+    `[queries, keys]`, `values [keys, head_size]`. A query that sees nothing of the tiles so far (`CAN_SEE_NOTHING`) has an
+    infinite maximum, and inf - inf is no number.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if CAN_SEE_NOTHING else new_maximum
+    shrink = tl.exp2(maximum - finite)
+    weights = tl.exp2(scores - finite[:, None])
+    total = total * shrink + tl.sum(weights, axis=1)
+    accumulator = accumulator * shrink[:, None]
+    accumulator += tl.dot(weights.to(values.dtype), values, input_precision="tf32x3")
+    return accumulator, new_maximum, total
