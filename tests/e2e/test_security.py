@@ -261,7 +261,7 @@ def test_huge_headers_are_refused(simple: httpx.Client, num_bytes: int) -> None:
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=DEADLINE_S)
     try:
         connection.request("GET", "/health", headers={"X-Long": "a" * num_bytes})
-        assert connection.getresponse().status in (400, 431)
+        assert connection.getresponse().status == 431
     except (ConnectionError, http.client.RemoteDisconnected):
         pass  # It hung up while the rest was still being sent.
     finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cacheflow.asgi import sampling_params
-from cacheflow.errors import InvalidRequestError
+from cacheflow.errors import InvalidRequestError, shown
 from cacheflow.types import SAMPLING_FIELDS, SamplingParams, sampling_texts
 
 LOST_FIELDS = ("prompt_logprobs",)
@@ -53,9 +53,9 @@ def parse(document: dict[str, Any]) -> GenerateRequest:
     prompt, stream = document.get("prompt"), document.get("stream")
     # `type`, because a bool is an int too.
     if not (isinstance(prompt, str) or (isinstance(prompt, list) and all(type(i) is int for i in prompt))):
-        raise InvalidRequestError("prompt must be a string or a list of token ids.", param="prompt")
+        raise InvalidRequestError(f"prompt must be a string or a list of token ids, got {shown(prompt)}.", param="prompt")
     if not isinstance(stream, bool | None):
-        raise InvalidRequestError("stream must be true or false.", param="stream")
+        raise InvalidRequestError(f"stream must be true or false, got {shown(stream)}.", param="stream")
     params = sampling_params({name: value for name, value in document.items() if name in SAMPLING_FIELDS})
     return GenerateRequest(prompt=prompt, stream=stream, params=params)
 

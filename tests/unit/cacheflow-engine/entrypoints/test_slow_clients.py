@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 import uvicorn
 
 from cacheflow.asgi import answer_for, read_json_object, send_answer, send_error
@@ -38,7 +40,12 @@ def talk_to_server(talk: Talk) -> bytes:
 
     async def run() -> bytes:
         config = uvicorn.Config(
-            Guard(app, OPTIONS), http=turn_taking_protocol(TIMEOUT_S, 100), lifespan="off", log_config=None, ws="none"
+            Guard(app, OPTIONS),
+            http=turn_taking_protocol(TIMEOUT_S, 100),
+            h11_max_incomplete_event_size=OPTIONS.max_header_bytes,
+            lifespan="off",
+            log_config=None,
+            ws="none",
         )
         config.load()
         state = uvicorn.server.ServerState()
@@ -115,3 +122,23 @@ def test_an_answer_may_take_longer_than_a_request_and_the_next_request_is_taken(
         return answers
 
     assert talk_to_server(talk).count(b"HTTP/1.1 200 OK") == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400, "invalid_http"),
+        (b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: -5\r\n\r\n", 400, "invalid_http"),
+        (b"POST / HTTP/1.1\r\nHost: h\r\nX-Long: " + 300_000 * b"a", 431, "headers_too_large"),
+    ],
+)
+def test_what_is_no_request_is_answered_as_all_errors_are(sent: bytes, status: int, code: str) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(sent)
+        return await reader.readuntil(b"}}")
+
+    head, _, body = talk_to_server(talk).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    error = json.loads(body)["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, code)
+    assert status == 400 or "more than 16384 bytes" in error["message"]

@@ -148,14 +148,14 @@ def test_ids_between_tokenizer_and_model_vocabulary_stand_for_no_text():
 @pytest.mark.parametrize("token_id", [-1, 276, 2**70])
 def test_an_id_out_of_range_is_named_together_with_the_range(token_id):
     tokenizer = Tokenizer(byte_level_bpe())
-    for act in (tokenizer.token_text, tokenizer.is_special, lambda token_id: tokenizer.decode([5, token_id])):
+    for act in (tokenizer.token_text, lambda token_id: tokenizer.decode([5, token_id])):
         with pytest.raises(InvalidRequestError, match=f"{token_id} is out of range.* 0 to 275"):
             act(token_id)
 
 
 def test_only_tokens_marked_as_special_are_special():
     tokenizer = Tokenizer(byte_level_bpe())
-    assert [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.is_special(token_id)] == [0, 1, 2, 3]
+    assert sorted(tokenizer.special_ids) == [0, 1, 2, 3]
 
 
 def test_half_a_surrogate_pair_is_an_invalid_request():

@@ -1,14 +1,21 @@
 """HTTP/1.1 as uvicorn speaks it, with a limit on how long a connection may take to send the headers of a request.
 
-Bodies have theirs in `cacheflow.edge`. It knows no application. It imports uvicorn, which is there where a frontend is.
+What is no such request is answered as all errors are. Bodies have their limits in `cacheflow.edge`. It knows no application. It
+imports uvicorn, which is there where a frontend is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
+from http import HTTPStatus
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol  # Not httptools, which has no limit on headers.
+
+from cacheflow.asgi import error_document
 
 
 class TimedProtocol(H11Protocol):
@@ -31,6 +38,21 @@ class TimedProtocol(H11Protocol):
         """It ends with the headers of a request, and begins anew with its answer's end."""
         super().data_received(data)
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls where h11 has raised; its own answer is plain text, and 400 for too large headers too."""
+        status, kind = HTTPStatus.BAD_REQUEST, "invalid_request_error"
+        document = error_document("This is no valid HTTP/1.1 request.", kind, code="invalid_http")
+        if getattr(sys.exc_info()[1], "error_status_hint", 0) == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            message = f"The headers have more than {self.config.h11_max_incomplete_event_size} bytes; no more are taken."
+            document = error_document(message, kind, code="headers_too_large")
+        body = json.dumps(document).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        start = h11.Response(status_code=status, headers=headers, reason=status.phrase)
+        for event in (start, h11.Data(body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is of no concern any more."""

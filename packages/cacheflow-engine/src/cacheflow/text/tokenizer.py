@@ -134,15 +134,6 @@ class Tokenizer:
         """The bytes that every id stands for inside a text, in the order of ids: `vocab_size` of them."""
         return [self._pieces.inside(token_id) for token_id in range(self.vocab_size)]
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether the token steers the model rather than being text.
-
-        Raises:
-            InvalidRequestError: The id is out of range.
-        """
-        self._check(token_id)
-        return token_id in self._special_ids
-
     def _plain_piece(self, token_id: int) -> bytes:
         return b"" if token_id in self._special_ids else self._pieces.inside(token_id)
 
