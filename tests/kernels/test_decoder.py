@@ -58,7 +58,7 @@ def test_a_fused_decoder_gives_bit_for_bit_what_its_ops_give(
     assert torch.equal(fused, single)
 
 
-@pytest.mark.parametrize("num_tokens", [256, 300, 1100])
+@pytest.mark.parametrize("num_tokens", [80, 300, 1100, 3300])
 def test_rows_shared_out_among_threads_give_the_same_bits(num_tokens: int) -> None:
     single, _ = forward(torch.bfloat16, num_tokens, is_fused=False, settings={})
     before = torch.get_num_threads()

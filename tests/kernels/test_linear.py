@@ -110,6 +110,22 @@ def test_a_row_is_the_same_bit_for_bit_whatever_else_is_in_the_batch(
             assert torch.equal(multiply(x[start : start + rows]), whole[start : start + rows]), rows
 
 
+@pytest.mark.parametrize("form", ["plain", "int8_dynamic"])
+@pytest.mark.parametrize(("in_features", "num_rows"), [(40, 901), (1216, 850), (8200, 290)])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_rows_so_many_that_they_come_in_blocks_and_along_k_in_parts_keep_their_bits(
+    level: str, form: str, in_features: int, num_rows: int, is_gated: bool
+) -> None:
+    weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in ((70, in_features), (70,)))
+    multiply = linear(weight, bias, form=form, is_gated=is_gated, implementation="cpu")
+    wide = random(num_rows, in_features + 3, dtype=torch.bfloat16, seed=1)
+    x = wide[:, 2:-1]
+    whole = multiply(x)
+    for start in range(0, num_rows, 210):
+        part = x[start : start + 23]
+        assert torch.equal(multiply(part), whole[start : start + 23]), start
+
+
 @dtypes
 @pytest.mark.parametrize("form", ["plain", *QUANTISED])
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, form: str) -> None:

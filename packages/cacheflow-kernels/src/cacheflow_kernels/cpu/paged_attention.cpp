@@ -36,9 +36,10 @@ constexpr int SPLIT = 512;
 constexpr int CHUNK_KEYS = 16;
 constexpr int MAX_DECODE_ROWS = 8;  // query heads of a KV head up to which a decode reads the cache in place; not tuned
 constexpr int MAX_HEAD_SIZE = 256;
-// Keys and values that a thread takes at once, and asks for while it works on those before: both lie in its second cache (2 MiB).
-// They come in larger pieces than those of one head: 64 sequences of 302 tokens (9/3 heads x 64, 30 layers) took 18.6 ms with 3
-// heads at once and 22.4 with one. More do not pay: 8,192 tokens (32/8 x 128, 16 layers) took 23.1 ms with one of 256 KiB, 27.2 with 2.
+// Keys and values that a thread takes at once, and asks for while it works on those before: both fit its second cache (2 MiB).
+// They come in larger pieces than those of one head: 64 sequences of 302 tokens (9/3 heads x 64, 30 layers) took 18.6 ms with
+// 3 heads at once and 22.4 with one. More do not pay: 8,192 tokens (32/8 x 128, 16 layers) took 23.1 ms with one head of
+// 256 KiB and 27.2 with two.
 constexpr int64_t UNIT_BYTES = 384 << 10;
 // Lines that are asked for in one go, and the shares of a unit's that are asked for while scores are computed and softened; the
 // others are while values are added up. 64 sequences as above took 18.1 to 18.4 ms with 8 or 16 lines and 25 to 42 % during

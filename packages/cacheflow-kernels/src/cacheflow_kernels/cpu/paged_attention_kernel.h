@@ -382,8 +382,8 @@ struct Run {
     int64_t lines;
 };
 
-// Asks for what a thread will read, in the order of memory and spread over its work: only some requests can be under way, and in
-// bursts they held the work up (32/8 heads x 128 reached 0.72 of read bandwidth, not 0.80).
+// Asks for what a thread will read, in the order of memory and spread over its work: only some requests can be under way, and
+// in bursts they held the work up (32/8 heads x 128 reached 0.72 of read bandwidth, not 0.80).
 struct Ahead {
     std::vector<Run> runs;
     size_t next = 0;
@@ -434,7 +434,7 @@ struct Ahead {
 };
 
 // Turns one row of scores into probabilities in T's packed form; keys outside [low, high) of the block are hidden. Updates the
-// row's maximum and sum, and returns the factor that brings what was added up before to the new maximum. Asks `ahead` meanwhile.
+// row's maximum and sum, and returns the factor that brings what was added up before to the new maximum. Asks ahead meanwhile.
 template <class T>
 INLINE float soften(
     const Layer& layer, float slope, float* scores, int64_t num_keys, int64_t low, int64_t high, int64_t distance,
@@ -652,13 +652,14 @@ static void paged_attention(
             float* partial = item.partial < 0 ? nullptr : parts + item.partial * partial_size;
             const int64_t first_head = unit.first % layer.num_kv_heads;
             if (!is_decode(unit.first)) {
-                attend(batch, layer, static_cast<const T*>(q), q_stride, cache, item, first_head, partial, static_cast<T*>(out));
+                attend(
+                    batch, layer, static_cast<const T*>(q), q_stride, cache, item, first_head, partial, static_cast<T*>(out));
                 next = take();
                 is_asked_for = false;
                 continue;
             }
             if (!is_asked_for) add_ahead(unit);
-            // While there is enough for all threads, the next unit is taken early, so that its keys and values can be asked for.
+            // While there is enough for all threads, the next unit is taken early, so that it can be asked for.
             const bool is_early = taken + num_threads <= num_items;
             if (is_early) next = take();
             is_asked_for = is_early && next.first < num_items && is_decode(next.first);
@@ -666,8 +667,8 @@ static void paged_attention(
             for (int64_t left = unit.last - unit.first, kv_head = first_head; left > 0; left--, kv_head++) {
                 rows.locate(batch, layer, cache, item, kv_head);
                 decode(
-                    batch, layer, static_cast<const T*>(q), q_stride, item, kv_head, rows, ahead, ahead.lines_left() / left, partial,
-                    static_cast<T*>(out));
+                    batch, layer, static_cast<const T*>(q), q_stride, item, kv_head, rows, ahead, ahead.lines_left() / left,
+                    partial, static_cast<T*>(out));
             }
             if (!is_early) next = take();
         }
