@@ -13,17 +13,17 @@ using amx::TILE_ROWS, amx::UNIT_ROWS;
 // A line of a row is 64 bytes. A unit of the rows is 16 of them, one line of each; what a panel has for it is two of them.
 constexpr int64_t LINE = 64, UNIT = UNIT_ROWS * LINE, PANEL_UNIT = 2 * UNIT;
 
-// Bytes of a block of rows, and of its span along k where MIN_BLOCK_ROWS are more than that: they stay in a core's second cache of
-// 2 MiB beside the panels that pass by. Products of a layer of SmolLM2-135M, 512 rows on each of two threads: 1,815 us with 768 KiB,
-// 1,790 with 1 MiB, 1,964 with 1.5; of one of Llama-3.2-1B, 768 rows: 74.8 ms (with 192 rows), 61.2 and 88.9.
+// Bytes of a block of rows, and of its span along k where MIN_BLOCK_ROWS are more than that: they stay in a core's second cache
+// of 2 MiB beside the panels that pass by. Products of a layer of SmolLM2-135M, 512 rows on each of two threads: 1,815 us with
+// 768 KiB, 1,790 with 1 MiB, 1,964 with 1.5; of one of Llama-3.2-1B, 768 rows: 74.8 ms (with 192 rows at least), 61.2 and 88.9.
 constexpr int64_t BLOCK_BYTES = 1 << 20;
 
-// Rows that a panel meets at least, as it comes from memory for each block: 512 rows by Llama-3.2-1B's down (k = 8,192) took 28.0 ms
-// where a block was as small as its rows are long, 14.1 so.
+// Rows that a panel meets at least, as it comes from memory for each block: 512 rows by Llama-3.2-1B's down (k = 8,192) took
+// 28.0 ms where a block was as small as its rows are long, 14.1 so.
 constexpr int64_t MIN_BLOCK_ROWS = 256;
 
-// Lines of a row, of which a panel's part stays in the first cache of 48 KiB while tiles pass by: 36 KiB. Down of SmolLM2-135M (k =
-// 1,536), 256 rows on each of two threads: 203 us in three such parts, 294 in two, 268 in one.
+// Lines of a row, of which a panel's part stays in the first cache of 48 KiB while tiles pass by: 36 KiB. Down of SmolLM2-135M
+// (k = 1,536), 256 rows on each of two threads: 203 us in three such parts, 294 in two, 268 in one.
 constexpr int64_t PART_LINES = 18;
 
 static thread_local Scratch tile_memory, scale_memory, sum_memory, turned_memory, byte_memory, inner_memory;
@@ -182,17 +182,20 @@ static void multiply_panels(const Block& b, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p++) {
             const char* panel = (const char*)l.weight + p * panel_bytes;
             const char* next = panel + panel_bytes + span_first * PANEL_UNIT;
-            Fetching fetching{next, next, span_lines * PANEL_UNIT / (num_tiles * span_lines)};
+            Fetching fetching{next, next, PANEL_UNIT / num_tiles};
             for (int64_t part = 0; part < num_parts; part++) {
                 const int64_t first = span_first + span_lines * part / num_parts;
-                const int64_t last = span_first + span_lines * (part + 1) / num_parts, at_once = divided_up(TILE_ROWS, last - first);
+                const int64_t last = span_first + span_lines * (part + 1) / num_parts;
+                const auto meanwhile = [&, at_once = divided_up(TILE_ROWS, last - first)]()
+                                           __attribute__((always_inline)) { unfinished.finish(at_once); };
                 for (int64_t tile = 0; tile < num_tiles; tile++, number++) {
                     const int64_t row = tile * TILE_ROWS, rows = std::min(TILE_ROWS, b.rows - row);
-                    float* c = sums + (!has_parts ? number % 2 : (num_spans > 1 ? p - begin : 0) * num_tiles + tile) * TILE_SUMS;
+                    const int64_t kept = (num_spans > 1 ? p - begin : 0) * num_tiles + tile;
+                    float* c = sums + (has_parts ? kept : number % 2) * TILE_SUMS;
                     const auto multiply = [&](auto has_two) __attribute__((always_inline)) {
                         multiply_tile<IS_INTEGER, has_two.value>(
                             b.tiles.unit(row, first), b.tiles.unit(row + UNIT_ROWS, first), panel + first * PANEL_UNIT,
-                            last - first, first > 0, c, fetching, [&]() __attribute__((always_inline)) { unfinished.finish(at_once); });
+                            last - first, first > 0, c, fetching, meanwhile);
                     };
                     if (rows > UNIT_ROWS)
                         multiply(std::true_type{});
