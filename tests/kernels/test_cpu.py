@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 DTYPES = tuple(attention.DTYPES)
 MACHINE_LEVEL = library.LEVELS.index(library.level()) if not library.reasons() else 0
 WIDE_CASES = (
-    PagedCase(name="splits of a long decode", query_lens=(1, 1, 1), context_lens=(511, 512, 1300)),
+    PagedCase(name="splits of a long decode", query_lens=(1, 1, 1, 1), context_lens=(383, 384, 767, 1300)),
     PagedCase(name="several tiles of a prompt", query_lens=(1, 200), context_lens=(9, 150), num_heads=6, num_kv_heads=2),
     PagedCase(name="a window over splits and tiles", query_lens=(1, 100), context_lens=(1200, 700), window=600),
     PagedCase(name="more heads than a tile has rows", query_lens=(1, 3), context_lens=(70, 5), num_heads=100, num_kv_heads=1),
     PagedCase(name="head size 24, block size 5", query_lens=(1, 9), context_lens=(33, 70), head_size=24, block_size=5),
     PagedCase(name="an odd head size", query_lens=(1, 9), context_lens=(33, 70), head_size=37),
     PagedCase(
-        name="long decodes of 3 heads a kv head", query_lens=(1,) * 6, context_lens=(511, 30, 1029, 512, 3, 700), num_heads=6
+        name="long decodes of 3 heads a kv head", query_lens=(1,) * 6, context_lens=(383, 30, 1029, 384, 3, 700), num_heads=6
     ),
     PagedCase(
         name="long decodes of 4 heads, size 96",

@@ -28,9 +28,10 @@ constexpr int KEYS = 256;       // keys of a prompt's block: prompts took 1 to 1
 constexpr int KEY_STRIDE = KEYS + 16;
 constexpr int TILE_ROWS = 384;  // query rows of a prompt's tile: 1 to 15 % less time than with 192
 constexpr int CHUNK_ROWS = 32;  // of them are worked on at once: two tiles of the matrix unit. Keys that none sees are skipped
-// Keys of one work item of a decode; fixed, so that batches change no result. Over 268 MB of cache 512 and 1,024 reached the
-// same share of read bandwidth (0.80 and 0.81 with 32/8 heads, 0.64 and 0.65 with 9/3), 256 less (0.77 and 0.62).
-constexpr int SPLIT = 512;
+// Keys of one work item of a decode; fixed, so that batches change no result. 16 sequences of 2,000 tokens (9/3 heads x 64, 30
+// layers), whose blocks lay anywhere, took 32.3 ms with 384 and 320, and 35.3 with 512, as what is asked for fills too much
+// of the second cache; in consecutive blocks 31.3, 31.4 and 31.7. 8,192 tokens of 8/8 x 128: 20.1, 20.0 and 20.5.
+constexpr int SPLIT = 384;
 // Keys that the matrix unit takes at a time: a decode finds them by one address. An item of 302 keys and 3 query rows took
 // 3.1 us from L2, 0.85 of them to write an address for every key; 2.4 us now.
 constexpr int CHUNK_KEYS = 16;
@@ -40,7 +41,7 @@ constexpr int MAX_HEAD_SIZE = 256;
 // They come in larger pieces than those of one head: 64 sequences of 302 tokens (9/3 heads x 64, 30 layers) took 18.6 ms with
 // 3 heads at once and 22.4 with one. More do not pay: 8,192 tokens (32/8 x 128, 16 layers) took 23.1 ms with one head of
 // 256 KiB and 27.2 with two.
-constexpr int64_t UNIT_BYTES = 384 << 10;
+constexpr int64_t UNIT_BYTES = 288 << 10;
 // Lines that are asked for in one go, and the shares of a unit's that are asked for while scores are computed and softened; the
 // others are while values are added up. 64 sequences as above took 18.1 to 18.4 ms with 8 or 16 lines and 25 to 42 % during
 // scores, 19.0 with 60 %, 18.8 with 4 lines; 20.1 with 32 lines where 16 took 19.2.
