@@ -27,10 +27,10 @@ void cf_paged_attention(
     int64_t block_stride, void* out);
 }
 
-// Rows that a thread takes from one attention call to the next: the weights are read anew for each chunk. Medians of three runs,
-// three times, with prompts of 512 tokens: 6,340, 6,381 and 6,112 prompt tokens/s with 512, 6,249, 6,586 and 6,359 with 1,024; 256
-// was slower. Below MIN_CHUNK threads share out columns instead. A prompt of 256 tokens took 41.5 and 41.8 ms with 128, 38.7 and
-// 40.7 with 256, 50.0 and 51.5 with 64; 512 was as 256.
+// Rows that a thread takes from one attention call to the next: the weights are read anew for each chunk. Medians of three
+// runs, three times, with prompts of 512 tokens: 6,340, 6,381 and 6,112 prompt tokens/s with 512, 6,249, 6,586 and 6,359 with
+// 1,024; 256 was slower. Below MIN_CHUNK threads share out columns instead. A prompt of 256 tokens took 41.5 and 41.8 ms with
+// 128, 38.7 and 40.7 with 256, 50.0 and 51.5 with 64; 512 was as 256.
 constexpr int64_t CHUNK = 1024, MIN_CHUNK = 256, TILE = 16;
 
 struct DecoderLayer {
@@ -53,7 +53,8 @@ struct DecoderStep {
     int64_t rows, num_threads;
 };
 
-// What attention of a whole step wants besides: the batch, and for each layer its particulars and where its keys and values lie.
+// What attention of a whole step wants besides: the batch, and for each layer its particulars and where its keys and values
+// lie.
 struct DecoderAttention {
     const Batch* batch;
     const int64_t* slots;  // [rows]

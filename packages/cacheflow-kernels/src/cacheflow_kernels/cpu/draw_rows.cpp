@@ -1,5 +1,5 @@
-// A random element of each row: that at which the running sum of exp(x / temperature) passes a given share of the total, among the
-// elements that min_p, top_k and top_p leave. A row's weights are kept in its core's cache; which of them count is found by
+// A random element of each row: that at which the running sum of exp(x / temperature) passes a given share of the total, among
+// the elements that min_p, top_k and top_p leave. A row's weights are kept in its core's cache; which of them count is found by
 // halving the range of values until few are left to sort, so that nothing but those is ever put in order.
 #ifndef LANES
 

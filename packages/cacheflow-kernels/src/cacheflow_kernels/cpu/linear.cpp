@@ -1,9 +1,9 @@
 // Packed matrix products: x [rows][in_features] times a Linear, with bias and gated activation, on all cores.
 //
 // The activations are copied once, in the type that is multiplied, unless they have it and are few. Then threads share out the
-// panels. Few rows meet a panel when it comes from memory, and what counts is that memory never waits; of more, each panel meets
-// every tile of a block of rows while both are in its core's cache. Grouped integers meet bfloat16 rows as they are, and float32
-// rows dequantised into that cache, a panel at a time.
+// panels. Few rows meet a panel when it comes from memory, and what counts is that memory never waits; of more, each panel
+// meets every tile of a block of rows while both are in its core's cache. Grouped integers meet bfloat16 rows as they are, and
+// float32 rows dequantised into that cache, a panel at a time.
 #include "linear.h"
 #include "scratch.h"
 
@@ -144,8 +144,8 @@ struct Product {
         }
     }
 
-    // Whether all rows meet a panel when it comes from memory: a single tile by the matrix unit, or two of the same height, which
-    // share a row where the rows are odd.
+    // Whether all rows meet a panel when it comes from memory: a single tile by the matrix unit, or two of the same height,
+    // which share a row where the rows are odd.
     bool is_streamed() const { return !tiles && num_tiles <= (is_grouped() ? 1 : 2); }
     int64_t streamed_height() const { return (rows + num_tiles - 1) / num_tiles; }
 
@@ -174,8 +174,8 @@ struct Product {
             choose(std::false_type{});
     }
 
-    // Vectors finish a tile while the unit multiplies the next one, so that memory does not wait for them. A model's products of
-    // 32 rows took 9.8 ms with each finished before the next, and 8.7 so.
+    // Vectors finish a tile while the unit multiplies the next one, so that memory does not wait for them. A model's products
+    // of 32 rows took 9.8 ms with each finished before the next, and 8.7 so.
     template <bool IS_INTEGER, bool HAS_TWO, int TILES>
     void stream_tiles(int64_t begin, int64_t end) const {
         const int64_t num_parts = TILES == 1 ? 1 : (steps + UNIT_STEPS - 1) / UNIT_STEPS, height = streamed_height();
@@ -186,7 +186,8 @@ struct Product {
             const int64_t start = start_of(finished);
             finish(begin + finished / TILES, start + first, start + last, sums[finished % 3] + first * PANEL);
         };
-        // Each of two tiles asks for half of what comes next, so they start half a part ahead. 64 rows took 13.7 ms before, 12.1 so.
+        // Each of two tiles asks for half of what comes next, so they start half a part ahead. 64 rows took 13.7 ms before,
+        // 12.1 so.
         const char* weight = (const char*)l.weight;
         const char* next = weight + begin * panel_bytes + STREAM_AHEAD + (TILES - 1) * (steps / num_parts) * PANEL * 4 / TILES;
         for (int64_t p = begin; p < end; p++) {
@@ -311,8 +312,8 @@ extern "C" void cf_linear(
     }
 }
 
-// Two products, one after the other: out [rows][out_features of down] = down times (gate_up times x). `inner` is memory for the rows
-// between them.
+// Two products, one after the other: out [rows][out_features of down] = down times (gate_up times x). `inner` is memory for the
+// rows between them.
 extern "C" void cf_linear_twice(
     const Linear* gate_up, const Linear* down, const void* x, int64_t rows, int64_t stride, void* inner, void* out,
     int64_t num_threads) {

@@ -8,16 +8,16 @@ constexpr int STRIP = 16;
 constexpr int MAX_TILE_ROWS = 12;
 
 // Bytes between a line of weights that is asked for, into the second cache, and the one that is multiplied, where weights come
-// from memory. All products of SmolLM2-135M for one row, on two threads with huge pages: 8.3 ms with 1 KiB at level avx512bf16, 7.8
-// with 2, 7.4 with 6; into the first cache 8.3, 8.1 and 8.6. With AMX 2 to 16 KiB differ by less than the noise.
+// from memory. All products of SmolLM2-135M for one row, on two threads with huge pages: 8.3 ms with 1 KiB at level avx512bf16,
+// 7.8 with 2, 7.4 with 6; into the first cache 8.3, 8.1 and 8.6. With AMX 2 to 16 KiB differ by less than the noise.
 constexpr int64_t STREAM_AHEAD = 6 << 10;
 
 // Likewise of scales and of minimums, of which int4 has a line for 512 bytes of weights; other distances were not measured.
 constexpr int64_t SCALES_AHEAD = 768;
 
 // How a panel lies in memory: in 4-byte items, of which each is a column's float32, pair of k in bfloat16, or four k in bytes.
-// Grouped integers lie in strips of 16 columns, two to a panel. GROUPED_INT8 is bytes, [k][16]. GROUPED_INT4 is [k / 8][16] items
-// of 8 k, each from 0 to 15: four even k in the low 16 bits, the lowest in the lowest, and the odd ones in the high.
+// Grouped integers lie in strips of 16 columns, two to a panel. GROUPED_INT8 is bytes, [k][16]. GROUPED_INT4 is [k / 8][16]
+// items of 8 k, each from 0 to 15: four even k in the low 16 bits, the lowest in the lowest, and the odd ones in the high.
 // DYNAMIC_INT8 is of weights that were turned as quantise_row turns activations: see reference.py, rotate_blocks.
 enum Form : int32_t { PLAIN_FLOAT32 = 0, PLAIN_BFLOAT16 = 1, GROUPED_INT8 = 2, GROUPED_INT4 = 3, DYNAMIC_INT8 = 4 };
 

@@ -412,9 +412,9 @@ static void grouped_stream(
     }
 }
 
-// The same of a single row, of float32, by vectors: bit for bit what the matrix unit gives. That adds the products of 16 even k,
-// and of 16 odd k, in order and rounded once a product, then both sums, then what came before; it takes denormal numbers as zero. All
-// products of SmolLM2-135M took 2.4 ms by the unit in int4 and 2.2 so, in int8 4.1 and 3.4.
+// The same of a single row, of float32, by vectors: bit for bit what the matrix unit gives. That adds the products of 16 even
+// k, and of 16 odd k, in order and rounded once a product, then both sums, then what came before; it takes denormal numbers as
+// zero. All products of SmolLM2-135M took 2.4 ms by the unit in int4 and 2.2 so, in int8 4.1 and 3.4.
 template <bool IS_INT4>
 static void grouped_row(const Linear& l, int64_t begin, int64_t end, const float* row, const float* row_sums, void* out) {
     const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -492,7 +492,8 @@ INLINE void rotate(Floats part[BLOCK_VECTORS]) {
     for (int i = 0; i < BLOCK_VECTORS; i++) part[i] *= 0.125f;
 }
 
-// The lowest byte of each lane, or of the first `count`. A copy of a length that the compiler does not know takes a dozen branches.
+// The lowest byte of each lane, or of the first `count`. A copy of a length that the compiler does not know takes a dozen
+// branches.
 INLINE void store_low_bytes(uint8_t* to, Ints whole, int64_t count) {
     typedef uint8_t Bytes __attribute__((vector_size(LANES)));
     const Bytes bytes = __builtin_convertvector(whole, Bytes);
@@ -536,8 +537,8 @@ static float quantise_row(const void* row, int64_t size, float* turned, uint8_t*
     return top / 127.0f;
 }
 
-// x / (1 + e^-x) for a result of type T. In bfloat16, whose rounding is off by 2e-3, 2^f comes from a polynomial that is off by 3e-6
-// and the reciprocal from an estimate that is off by 6e-5: 21 instructions for 16 gates and their ups instead of 28.
+// x / (1 + e^-x) for a result of type T. In bfloat16, whose rounding is off by 2e-3, 2^f comes from a polynomial that is off by
+// 3e-6 and the reciprocal from an estimate that is off by 6e-5: 21 instructions for 16 gates and their ups instead of 28.
 template <class T>
 INLINE Floats gate(Floats x) {
 #if LANES == 16
@@ -559,8 +560,9 @@ INLINE Floats gate(Floats x) {
     return x / (1.0f + exponential(-x));
 }
 
-// What happens to a panel's sums. Those of whole numbers become numbers: less what BYTE_OFFSET added, times both scales. Then bias,
-// activation and rounding. Multiplied and added by one instruction, wherever this is inlined, so that no bit depends on it.
+// What happens to a panel's sums. Those of whole numbers become numbers: less what BYTE_OFFSET added, times both scales. Then
+// bias, activation and rounding. Multiplied and added by one instruction, wherever this is inlined, so that no bit depends on
+// it.
 template <class T, bool IS_INTEGER>
 struct PanelEnd {
     Floats bias[PANEL / LANES] = {}, column_scale[PANEL / LANES] = {};

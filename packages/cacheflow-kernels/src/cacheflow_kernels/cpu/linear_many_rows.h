@@ -1,6 +1,6 @@
-// The products of linear.cpp for AMX where the rows are many. They are copied to where tiles lie one after the other, as the unit
-// reads them; then each thread takes its panels, one at a time, past all tiles of a block of rows. A panel stays in the first
-// cache meanwhile, the rows in the second, and vectors finish a tile while the unit multiplies the next.
+// The products of linear.cpp for AMX where the rows are many. They are copied to where tiles lie one after the other, as the
+// unit reads them; then each thread takes its panels, one at a time, past all tiles of a block of rows. A panel stays in the
+// first cache meanwhile, the rows in the second, and vectors finish a tile while the unit multiplies the next.
 #include <omp.h>
 
 #pragma GCC push_options

@@ -1,5 +1,5 @@
-// The tiles of linear.cpp for AMX: up to 32 rows of activations, one after the other, times a panel. The panels are those of the
-// other levels, as their layout is what the matrix unit takes.
+// The tiles of linear.cpp for AMX: up to 32 rows of activations, one after the other, times a panel. The panels are those of
+// the other levels, as their layout is what the matrix unit takes.
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,amx-tile,amx-bf16,amx-int8")
@@ -7,7 +7,8 @@ namespace amx {
 
 constexpr int64_t UNIT_ROWS = 16, TILE_ROWS = 2 * UNIT_ROWS;
 
-// Registers have rows of 64 bytes: those of the weights 16, the others as many as there are activations, the first 16 and the rest.
+// Registers have rows of 64 bytes: those of the weights 16, the others as many as there are activations, the first 16 and the
+// rest.
 struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -24,11 +25,11 @@ static void begin(int64_t tile_rows) { _tile_loadconfig(&CONFIGS[tile_rows - 1])
 
 static void end() { _tile_release(); }
 
-// As a Tile, for rows so few that all of them meet a panel when it comes from memory: one tile, or TILES of them. Registers 0 to 3
-// are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before. Lines of weights are asked for in the
-// order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first of those that this
-// tile asks for, its share of as many as it reads. While the unit multiplies, meanwhile(from, to) is called for parts of
-// [0, height), one after the other: for what vectors have to do with an earlier tile of as many rows.
+// As a Tile, for rows so few that all of them meet a panel when it comes from memory: one tile, or TILES of them. Registers 0
+// to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before. Lines of weights are
+// asked for in the order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first
+// of those that this tile asks for, its share of as many as it reads. While the unit multiplies, meanwhile(from, to) is called
+// for parts of [0, height), one after the other: for what vectors have to do with an earlier tile of as many rows.
 template <bool IS_INTEGER, bool HAS_TWO, int TILES, class Meanwhile>
 static void stream(
     const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, bool goes_on, float* c, const char* next,

@@ -28,7 +28,8 @@ extern "C" void cf_row_maxima(
 
 #else
 
-// Calls `use(vector, place among UNROLLED)` for all of a block. Lanes behind its end hold -inf, which can't win and adds nothing.
+// Calls `use(vector, place among UNROLLED)` for all of a block. Lanes behind its end hold -inf, which can't win and adds
+// nothing.
 template <class T, class Use>
 INLINE void each_vector(const T* from, int64_t size, const Use& use) {
     int64_t i = 0;
