@@ -96,51 +96,18 @@ template <bool IS_INTEGER, bool HAS_TWO, class Meanwhile>
 static inline __attribute__((always_inline)) void multiply_tile(
     const char* upper, const char* lower, const char* panel, int64_t lines, bool goes_on, float* c, Fetching& fetching,
     const Meanwhile& meanwhile) {
-    constexpr int64_t C_BYTES = PANEL * 4, PANEL_BYTES = PANEL * 4;
-    if (goes_on) {
-        _tile_loadd(0, c, C_BYTES);
-        _tile_loadd(1, c + 16, C_BYTES);
-        if (HAS_TWO) {
-            _tile_loadd(2, c + UNIT_ROWS * PANEL, C_BYTES);
-            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, C_BYTES);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (HAS_TWO) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
+    constexpr int64_t PANEL_BYTES = PANEL * 4;
+    amx::begin_sums<HAS_TWO>(c, goes_on);
     for (int64_t line = 0; line < lines; line++, upper += UNIT, lower += UNIT, panel += PANEL_UNIT) {
         fetching.go_on();
         _tile_stream_loadd(4, upper, LINE);
         _tile_loadd(6, panel, PANEL_BYTES);
         _tile_loadd(7, panel + LINE, PANEL_BYTES);
         if (HAS_TWO) _tile_stream_loadd(5, lower, LINE);
-        if (IS_INTEGER) {
-            _tile_dpbusd(0, 4, 6);
-            _tile_dpbusd(1, 4, 7);
-            if (HAS_TWO) {
-                _tile_dpbusd(2, 5, 6);
-                _tile_dpbusd(3, 5, 7);
-            }
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (HAS_TWO) {
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
+        amx::add_to_sums<IS_INTEGER, HAS_TWO>();
         meanwhile();
     }
-    _tile_stored(0, c, C_BYTES);
-    _tile_stored(1, c + 16, C_BYTES);
-    if (HAS_TWO) {
-        _tile_stored(2, c + UNIT_ROWS * PANEL, C_BYTES);
-        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, C_BYTES);
-    }
+    amx::store_sums<HAS_TWO>(c);
 }
 
 // Rows whose sums are complete and whose results are not written yet.

@@ -25,23 +25,16 @@ static void begin(int64_t tile_rows) { _tile_loadconfig(&CONFIGS[tile_rows - 1])
 
 static void end() { _tile_release(); }
 
-// As a Tile, for rows so few that all of them meet a panel when it comes from memory: one tile, or TILES of them. Registers 0
-// to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before. Lines of weights are
-// asked for in the order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first
-// of those that this tile asks for, its share of as many as it reads. While the unit multiplies, meanwhile(from, to) is called
-// for parts of [0, height), one after the other: for what vectors have to do with an earlier tile of as many rows.
-template <bool IS_INTEGER, bool HAS_TWO, int TILES, class Meanwhile>
-static void stream(
-    const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, bool goes_on, float* c, const char* next,
-    const Meanwhile& meanwhile) {
-    const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4, c_row_bytes = PANEL * 4;
-    const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes;
-    if (TILES > 1 && goes_on) {
-        _tile_loadd(0, c, c_row_bytes);
-        _tile_loadd(1, c + 16, c_row_bytes);
+// Registers 0 to 3, of sums, from c or as zeros.
+template <bool HAS_TWO>
+static inline __attribute__((always_inline)) void begin_sums(const float* c, bool goes_on) {
+    constexpr int64_t C_BYTES = PANEL * 4;
+    if (goes_on) {
+        _tile_loadd(0, c, C_BYTES);
+        _tile_loadd(1, c + 16, C_BYTES);
         if (HAS_TWO) {
-            _tile_loadd(2, c + UNIT_ROWS * PANEL, c_row_bytes);
-            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
+            _tile_loadd(2, c + UNIT_ROWS * PANEL, C_BYTES);
+            _tile_loadd(3, c + UNIT_ROWS * PANEL + 16, C_BYTES);
         }
     } else {
         _tile_zero(0);
@@ -51,6 +44,51 @@ static void stream(
             _tile_zero(3);
         }
     }
+}
+
+// Adds the products of registers 4 and 5, of activations, and 6 and 7, of weights.
+template <bool IS_INTEGER, bool HAS_TWO>
+static inline __attribute__((always_inline)) void add_to_sums() {
+    if (IS_INTEGER) {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        if (HAS_TWO) {
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+    } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (HAS_TWO) {
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+
+template <bool HAS_TWO>
+static inline __attribute__((always_inline)) void store_sums(float* c) {
+    constexpr int64_t C_BYTES = PANEL * 4;
+    _tile_stored(0, c, C_BYTES);
+    _tile_stored(1, c + 16, C_BYTES);
+    if (HAS_TWO) {
+        _tile_stored(2, c + UNIT_ROWS * PANEL, C_BYTES);
+        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, C_BYTES);
+    }
+}
+
+// As a Tile, for rows so few that all of them meet a panel when it comes from memory: one tile, or TILES of them. Registers 0
+// to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before. Lines of weights are
+// asked for in the order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first
+// of those that this tile asks for, its share of as many as it reads. While the unit multiplies, meanwhile(from, to) is called
+// for parts of [0, height), one after the other: for what vectors have to do with an earlier tile of as many rows.
+template <bool IS_INTEGER, bool HAS_TWO, int TILES, class Meanwhile>
+static void stream(
+    const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, bool goes_on, float* c, const char* next,
+    const Meanwhile& meanwhile) {
+    const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4;
+    const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes;
+    begin_sums<HAS_TWO>(c, TILES > 1 && goes_on);
     // A quarter of a step's lines.
     const auto fetch = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -80,33 +118,14 @@ static void stream(
             if (HAS_TWO) _tile_stream_loadd(5, y, row_bytes);
         }
         fetch();
-        if (IS_INTEGER) {
-            _tile_dpbusd(0, 4, 6);
-            _tile_dpbusd(1, 4, 7);
-            if (HAS_TWO) {
-                _tile_dpbusd(2, 5, 6);
-                _tile_dpbusd(3, 5, 7);
-            }
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (HAS_TWO) {
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
+        add_to_sums<IS_INTEGER, HAS_TWO>();
         if (done < height) {
             const int64_t from = done;
             done = from + part < height ? from + part : height;
             meanwhile(from, done);
         }
     }
-    _tile_stored(0, c, c_row_bytes);
-    _tile_stored(1, c + 16, c_row_bytes);
-    if (HAS_TWO) {
-        _tile_stored(2, c + UNIT_ROWS * PANEL, c_row_bytes);
-        _tile_stored(3, c + UNIT_ROWS * PANEL + 16, c_row_bytes);
-    }
+    store_sums<HAS_TWO>(c);
 }
 
 }  // namespace amx
