@@ -226,7 +226,7 @@ class EngineCore:
         request_id = requests[0].source.request_id
         if isinstance(error, InvalidRequestError):
             logger.info("The request %s can't be served: %s", request_id, error)
-            return [self.scheduler.fail(requests[0], str(error), is_invalid=True)]
+            return [self.scheduler.fail(requests[0], str(error), is_invalid=True, param=error.param)]
         logger.error("The request %s made its step fail.", request_id, exc_info=error)
         # What is no error of ours may tell of paths and addresses, and the request's client may be anybody.
         told = str(error) if isinstance(error, CacheflowError) else "The engine's log says more."

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from cacheflow.errors import InvalidRequestError, shown
+from cacheflow.errors import CacheflowError, InvalidRequestError, RequestFailedError, shown
 
 MAX_N = 128
 """Most sequences of one request: bounds what one client can make the engine hold."""
@@ -501,6 +501,7 @@ class RequestUpdate:
         embedding: The last and only update of a request whose task is "embed" has it: the pooled hidden states as they are.
         error: Why it failed, or None.
         is_invalid: The error is the request's own fault (an HTTP frontend answers 400), not the engine's.
+        param: The field at fault, or None.
     """
 
     request_id: str
@@ -512,6 +513,13 @@ class RequestUpdate:
     embedding: list[float] | None = None
     error: str | None = None
     is_invalid: bool = False
+    param: str | None = None
+
+    def exception(self) -> CacheflowError | None:
+        """The error that the request's caller gets, if it failed."""
+        if self.error is None:
+            return None
+        return InvalidRequestError(self.error, param=self.param) if self.is_invalid else RequestFailedError(self.error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from cacheflow_openai.fields import (
     must_be,
     sampling_fields,
     schema,
-    schema_errors_named,
     string,
+    structure_errors_named,
     whole,
 )
 
@@ -313,7 +313,7 @@ def parse_response_format(value: Mapping[str, Any], param: str) -> StructuredOut
         described, place = (value, param) if "schema" in value else (value.get("json_schema"), f"{param}.json_schema")
         if not isinstance(described, dict):
             raise InvalidRequestError(f"{param} is of type json_schema, but there is no schema in it.", param=place)
-        with schema_errors_named(param):
+        with structure_errors_named(param):
             return StructuredOutput(json_schema=schema(described.get("schema", {}), f"{place}.schema"))
     return None
 
@@ -332,7 +332,7 @@ def with_structure(
     """
     if tool_choice.is_forced:
         # An answer that must be a call is no answer in that format; OpenAI lets the call win too.
-        with schema_errors_named("tools"):
+        with structure_errors_named("tools"):
             structured = StructuredOutput(json_schema=forced_schema(tools, tool_choice, max_calls))
     if structured is None:
         return params

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from cacheflow.errors import InvalidRequestError, shown
-from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS
+from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS, StructuredOutput
 
 MAX_STOP_STRINGS = 4
 """OpenAI's limit."""
@@ -19,6 +20,8 @@ MIN_SEED = -(2**63)
 """OpenAI's limit."""
 MAX_SCHEMA_BYTES = MAX_STRUCTURE_BYTES
 """Longest JSON schema of a response format or a tool."""
+
+_STRUCTURE_PARAMS = ("structured", *(field.name for field in fields(StructuredOutput)))
 
 
 def given(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,8 +164,8 @@ def sampling_fields(values: Mapping[str, Any], left_out: Collection[str] = ()) -
 
 
 @contextmanager
-def schema_errors_named(param: str | None) -> Iterator[None]:
-    """What is found wrong with a `json_schema` inside is told of the field `param` that it comes from.
+def structure_errors_named(param: str | None) -> Iterator[None]:
+    """What is found wrong with a structured output inside is told of the field `param` that it was made from, if that is given.
 
     Raises:
         InvalidRequestError: The same, under that name.
@@ -170,7 +173,7 @@ def schema_errors_named(param: str | None) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        if param is None or error.param != "json_schema":
+        if param is None or error.param not in _STRUCTURE_PARAMS:
             raise
         raise InvalidRequestError(str(error), param=param) from error
 

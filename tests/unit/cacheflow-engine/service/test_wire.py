@@ -83,6 +83,7 @@ updates = st.builds(
     client_id=names,
     error=st.none() | names,
     is_invalid=st.booleans(),
+    param=st.none() | names,
 )
 infos = st.builds(
     ModelInfo,

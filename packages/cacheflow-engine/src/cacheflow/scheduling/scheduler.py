@@ -203,7 +203,7 @@ class Scheduler:
                 return
         self._end_request(request)
 
-    def fail(self, request: Request, error: str, *, is_invalid: bool) -> RequestUpdate:
+    def fail(self, request: Request, error: str, *, is_invalid: bool, param: str | None = None) -> RequestUpdate:
         """Ends a request with an error."""
         if self.is_alive(request):
             self._end_request(request)
@@ -219,6 +219,7 @@ class Scheduler:
             finished=True,
             error=error,
             is_invalid=is_invalid,
+            param=param,
         )
 
     def stats(self) -> EngineStats:
