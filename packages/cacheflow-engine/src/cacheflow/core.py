@@ -100,10 +100,11 @@ class EngineCore:
             InvalidRequestError: It can never be served; the message has the numbers.
         """
         if request.params.num_sequences > self._max_n:
+            field = request.params.sequences_field
             raise InvalidRequestError(
-                f"n or best_of asks for {request.params.num_sequences} sequences; this engine gives a request at most "
-                f"{self._max_n} (--max-n).",
-                param="best_of" if request.params.best_of is not None else "n",
+                f"{field} asks for {request.params.num_sequences} sequences; this engine gives a request at most {self._max_n} "
+                "(--max-n).",
+                param=field,
             )
         self._check_token_ids(request)
         accepted = self.scheduler.add(request)

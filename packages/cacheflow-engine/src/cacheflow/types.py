@@ -232,6 +232,11 @@ class SamplingParams:
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def sequences_field(self) -> str:
+        """Which field says how many: "best_of" or "n"."""
+        return "n" if self.best_of is None else "best_of"
+
+    @property
     def is_greedy(self) -> bool:
         """Whether each token is the most likely one."""
         return self.temperature == 0.0
