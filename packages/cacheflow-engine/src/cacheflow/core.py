@@ -155,7 +155,7 @@ class EngineCore:
         num_tokens = sum(len(entry.token_ids) for entry in step.sequences)
         following = self._start_following(step)
         try:
-            with self.span(EXECUTE):
+            with self.span("wait"):
                 output: StepOutput = running.pending.result()
         except EngineDeadError:
             raise
