@@ -806,7 +806,7 @@ def test_an_error_of_the_connections_keeper_ends_streams_instead_of_leaving_them
     async def work(client: EngineClient) -> None:
         reading = asyncio.create_task(tokens_of(client, request("r", ENDLESS)))
         await stats_when(client, lambda stats: stats.num_running == 1)
-        monkeypatch.setattr(wire, "parse_address", lambda address, has_key: "nonsense")
+        monkeypatch.setattr(client_module, "parse_address", lambda address, has_key: "nonsense")
         raw.say(wire.Hello(wire.PROTOCOL_VERSION, client.client_id))
         assert isinstance(await asyncio.to_thread(raw.hear), wire.Welcome)
         with pytest.raises(EngineDeadError):

@@ -28,6 +28,7 @@ from cacheflow.errors import (
     InvalidRequestError,
 )
 from cacheflow.service import wire
+from cacheflow.service.address import parse_address
 from cacheflow.service.keys import EngineKey
 from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate, ResumedSequence
 
@@ -166,7 +167,7 @@ class EngineClient:
         """
         client_id = secrets.token_hex(16)
         key = None if key_file is None else EngineKey.read(key_file)
-        connection = _Connection(wire.parse_address(address, has_key=key is not None), key)
+        connection = _Connection(parse_address(address, has_key=key is not None), key)
         try:
             model_info = await _shake_hands(connection, client_id, address, timeout_s)
         except BaseException:
@@ -376,7 +377,7 @@ class EngineClient:
                 await asyncio.sleep(REJOIN_PAUSE_S)
 
     async def _try_rejoin(self) -> _Connection:
-        connection = _Connection(wire.parse_address(self.address, has_key=self._key is not None), self._key)
+        connection = _Connection(parse_address(self.address, has_key=self._key is not None), self._key)
         try:
             info = await _shake_hands(connection, self.client_id, self.address, self._rejoin_timeout_s)
             if info != self.model_info:

@@ -25,6 +25,7 @@ import zmq
 from cacheflow.config import EngineConfig
 from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError
 from cacheflow.service import wire
+from cacheflow.service.address import parse_address
 from cacheflow.service.backlog import Backlog
 from cacheflow.service.host import Host, refuse_hello
 from cacheflow.service.journal import StepJournal, journal_path
@@ -51,7 +52,7 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey |
     Raises:
         ConfigError: The address is not one, is off this machine without a key, or is taken.
     """
-    endpoint = wire.parse_address(address, has_key=key is not None)
+    endpoint = parse_address(address, has_key=key is not None)
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_CLIENT_MESSAGE_BYTES)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -114,7 +115,7 @@ def serve(
     ending = _Ending(drain_timeout_s)
     key = None
     if key_file is not None:
-        wire.parse_address(address, has_key=True)
+        parse_address(address, has_key=True)
         EngineKey.make(key_file)
         key = EngineKey.read(key_file)
     with contextlib.ExitStack() as cleanup:
@@ -125,7 +126,7 @@ def serve(
         take_usual_turns()  # Not what it has of a frontend that started it.
         with short_turns():  # ZeroMQ's threads begin with its first socket.
             socket = bind(context, address, key)
-        endpoint = wire.parse_address(address, has_key=key is not None)
+        endpoint = parse_address(address, has_key=key is not None)
         cleanup.callback(socket.close)
         cleanup.callback(_remove_socket_file, endpoint)
         reception = _Reception(socket)
