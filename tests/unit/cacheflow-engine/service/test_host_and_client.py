@@ -887,6 +887,15 @@ def test_an_address_in_use_is_refused(context: zmq.Context[zmq.Socket[bytes]], e
         bind(context, engine.address)
 
 
+def test_a_file_that_is_no_socket_is_left_alone(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("file", "link", "."):
+        with pytest.raises(ConfigError, match="is no socket"):
+            bind(context, str(tmp_path / name))
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_a_port_in_use_is_refused(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     with bind(context, "127.0.0.1:0") as taken, pytest.raises(ConfigError, match="Address already in use"):
         bind(context, taken.getsockopt_string(zmq.LAST_ENDPOINT))

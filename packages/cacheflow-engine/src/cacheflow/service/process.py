@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import socket as unix_socket
+import stat
 import sys
 import threading
 import time
@@ -66,8 +67,7 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey |
         if endpoint.startswith("ipc://"):
             path = endpoint.removeprefix("ipc://")
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            if _is_listening(path):
-                raise ConfigError(f"Another process listens on {path}. End it, or choose another address.")
+            _check_free(path)
         socket.bind(endpoint)
     except (OSError, zmq.ZMQError) as error:
         socket.close(0)
@@ -80,14 +80,18 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey |
     return socket
 
 
-def _is_listening(path: str) -> bool:
-    # ZeroMQ would silently take the place of an engine that is still there.
+def _check_free(path: str) -> None:
+    """Only a socket that nobody listens on any more may give way: ZeroMQ would remove whatever is there."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ConfigError(f"{path} is there already and is no socket. Choose another address.")
     with unix_socket.socket(unix_socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except OSError:
-            return False
-        return True
+            return
+    raise ConfigError(f"Another process listens on {path}. End it, or choose another address.")
 
 
 def serve(
