@@ -344,6 +344,8 @@ def test_variables_reach_the_template(chat_client: Any) -> None:
         ({"n": 0}, "n"),
         ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name"),
     ],
 )  # fmt: skip
 def test_a_bad_field_is_named(chat_client: Any, fields: dict[str, Any], param: str) -> None:

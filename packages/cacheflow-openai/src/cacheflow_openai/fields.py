@@ -39,27 +39,38 @@ def must_be(name: str, allowed: str, value: Any) -> InvalidRequestError:
     return InvalidRequestError(f"{name} must be {allowed}, got {shown(value)}.", param=name)
 
 
-def flag(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
+def flag(values: Mapping[str, Any], name: str, default: bool = False, place: str = "") -> bool:
     """A field that is true or false.
+
+    Args:
+        values: The fields.
+        name: Of this one.
+        default: If it is left out.
+        place: As in `choice`.
 
     Raises:
         InvalidRequestError: It is neither.
     """
     value = values.get(name, default)
     if not isinstance(value, bool):
-        raise must_be(name, "true or false", value)
+        raise must_be(f"{place}{name}", "true or false", value)
     return value
 
 
-def string(values: Mapping[str, Any], name: str) -> str | None:
+def string(values: Mapping[str, Any], name: str, place: str = "") -> str | None:
     """A field that is text, or None.
+
+    Args:
+        values: The fields.
+        name: Of this one.
+        place: As in `choice`.
 
     Raises:
         InvalidRequestError: It is something else.
     """
     value = values.get(name)
     if value is not None and not isinstance(value, str):
-        raise must_be(name, "a string", value)
+        raise must_be(f"{place}{name}", "a string", value)
     return value
 
 
@@ -140,7 +151,7 @@ def include_usage(values: Mapping[str, Any], stream: bool) -> bool:
     options = mapping(values, "stream_options")
     if options and not stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    return flag(given(options), "include_usage")
+    return flag(given(options), "include_usage", place="stream_options.")
 
 
 def check_stop(values: Mapping[str, Any]) -> None:
