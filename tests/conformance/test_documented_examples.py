@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +59,30 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_the_example_of_a_plugin_page_conforms(group: str) -> None:
     failures = [result for result in run_checks(f"cacheflow.{group}", NAMES[group]) if result.verdict == FAILED]
     assert not failures
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_frontend_of_the_plugin_page_answers_bad_bodies_and_reads_no_endless_one() -> None:
+    plugin = load_plugin("cacheflow.frontends", "plain")
+    app = plugin.create_app(None, plugin.options(max_body_bytes=1024))
+
+    def status_of(*parts: bytes) -> int:
+        messages = iter([{"type": "http.request", "body": part, "more_body": True} for part in parts])
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return next(messages, {"type": "http.request", "body": b"", "more_body": False})
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
+        asyncio.run(app(scope, receive, send))
+        return int(sent[0]["status"])
+
+    assert status_of(*[b"x" * 512] * 100) == 413
+    assert status_of(b"\xff") == 400
+    assert status_of(b'{"prompt": 1}') == 400
 
 
 def test_every_group_has_a_page() -> None:

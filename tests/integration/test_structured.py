@@ -85,8 +85,9 @@ def test_a_bad_structure_fails_alone(llm: LLM) -> None:
 def test_a_structure_that_no_text_fits_is_refused_in_words(llm: LLM) -> None:
     loop = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     params = SamplingParams(structured=StructuredOutput(json_schema=loop))
-    with pytest.raises(InvalidRequestError, match="json_schema can't be used: no text fits it"):
+    with pytest.raises(InvalidRequestError, match="json_schema can't be used: no text fits it") as caught:
         llm.generate(["Hello"], params, use_tqdm=False, raise_errors=True)
+    assert caught.value.param == "json_schema"
 
 
 def test_a_structure_that_other_parameters_leave_no_token_is_an_invalid_request(llm: LLM) -> None:

@@ -115,8 +115,9 @@ def test_the_engines_numbers_have_the_fields_names() -> None:
     assert {name: found[f'cacheflow:{name}{{model_name="tiny"}}'] for name in expected} == expected
 
 
-def test_an_engine_that_is_gone_is_left_out_and_said_so() -> None:
-    found = exposition(Metrics(INFO), EngineDeadError("Gone."))
+@pytest.mark.parametrize("error", [EngineDeadError("Gone."), EngineOverloadedError("Too many questions wait.")])
+def test_an_engine_that_gives_no_numbers_is_left_out_and_said_so(error: Exception) -> None:
+    found = exposition(Metrics(INFO), error)
     assert found['cacheflow:engine_up{model_name="tiny"}'] == 0
     assert 'cacheflow:num_requests_running{model_name="tiny"}' not in found
 

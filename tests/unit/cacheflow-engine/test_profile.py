@@ -57,6 +57,15 @@ def test_a_trace_has_every_phase_of_a_step_and_nothing_else_changes(tmp_path: Pa
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 
+def test_a_step_is_executed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llm = LLM(write_tiny_model(tmp_path).model, dtype="float32", use_dummy_weights=True, profile=True)
+    with caplog.at_level(logging.INFO, "cacheflow"):
+        llm.generate(prompt_token_ids=[[5]], sampling_params=SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+        llm.close()
+    lines = [line.split() for line in caplog.text.splitlines()]
+    assert [line[1] for line in lines if line and line[0] in ("schedule", EXECUTE, "wait", "apply")] == ["3"] * 4
+
+
 def test_spans_of_a_trace_lie_inside_one_another_or_apart(tmp_path: Path) -> None:
     """Perfetto draws those of one thread as a stack, and drops what overlaps."""
     config = write_tiny_model(tmp_path)

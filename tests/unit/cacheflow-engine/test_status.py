@@ -11,7 +11,7 @@ import pytest
 
 from cacheflow import status
 from cacheflow.edge import EdgeOptions
-from cacheflow.entrypoints.launch import _Door
+from cacheflow.entrypoints.http_server import _Door
 from cacheflow.errors import EngineDeadError
 from cacheflow.metrics import Metrics
 from cacheflow.status import StatusRoutes, metrics_app

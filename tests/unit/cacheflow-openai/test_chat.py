@@ -26,6 +26,8 @@ LONG = {"schema": {"description": "y" * 300_000}}
 DEEP: Any = {"type": "object"}
 for _ in range(100):
     DEEP = {"type": "object", "properties": {"x": DEEP}}
+LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+"""No text fits it, which only the engine finds out: with the tokens."""
 CALLS = [("get_weather", {"city": "Paris", "days": [1, 2]}), ("get_time", {})]
 
 
@@ -325,6 +327,8 @@ def test_variables_reach_the_template(chat_client: Any) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "bogus"}}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": LOOP}}}, "response_format"),
+        ({"structured": {"json_schema": LOOP}}, "json_schema"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "bogus"}}}],
           "tool_choice": "required"}, "tools"),
         ({"structured": {"json_schema": {"type": "bogus"}}}, "json_schema"),
@@ -340,6 +344,8 @@ def test_variables_reach_the_template(chat_client: Any) -> None:
         ({"n": 0}, "n"),
         ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name"),
     ],
 )  # fmt: skip
 def test_a_bad_field_is_named(chat_client: Any, fields: dict[str, Any], param: str) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Literal
 
 from cacheflow.config import EngineConfig
-from cacheflow.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from cacheflow.errors import EngineDeadError, InvalidRequestError
 from cacheflow.metrics import Metrics
 from cacheflow.service.client import REJOIN_TIMEOUT_S, EngineClient
 from cacheflow.service.supervisor import EngineProcess
@@ -295,10 +295,9 @@ class AsyncLLMServer:
         with self.metrics.request(request) as timer:
             async with contextlib.aclosing(self._client.submit(request)) as updates:
                 async for update in updates:
-                    if update.error is not None:
-                        if update.is_invalid:
-                            raise InvalidRequestError(update.error)
-                        raise RequestFailedError(update.error)
+                    failure = update.exception()
+                    if failure is not None:
+                        raise failure
                     output = assembler.apply(update)
                     for index in assembler.take_stopped():
                         if not output.finished:

@@ -100,10 +100,11 @@ class EngineCore:
             InvalidRequestError: It can never be served; the message has the numbers.
         """
         if request.params.num_sequences > self._max_n:
+            field = request.params.sequences_field
             raise InvalidRequestError(
-                f"n or best_of asks for {request.params.num_sequences} sequences; this engine gives a request at most "
-                f"{self._max_n} (--max-n).",
-                param="best_of" if request.params.best_of is not None else "n",
+                f"{field} asks for {request.params.num_sequences} sequences; this engine gives a request at most {self._max_n} "
+                "(--max-n).",
+                param=field,
             )
         self._check_token_ids(request)
         accepted = self.scheduler.add(request)
@@ -154,7 +155,7 @@ class EngineCore:
         num_tokens = sum(len(entry.token_ids) for entry in step.sequences)
         following = self._start_following(step)
         try:
-            with self.span(EXECUTE):
+            with self.span("wait"):
                 output: StepOutput = running.pending.result()
         except EngineDeadError:
             raise
@@ -226,7 +227,7 @@ class EngineCore:
         request_id = requests[0].source.request_id
         if isinstance(error, InvalidRequestError):
             logger.info("The request %s can't be served: %s", request_id, error)
-            return [self.scheduler.fail(requests[0], str(error), is_invalid=True)]
+            return [self.scheduler.fail(requests[0], str(error), is_invalid=True, param=error.param)]
         logger.error("The request %s made its step fail.", request_id, exc_info=error)
         # What is no error of ours may tell of paths and addresses, and the request's client may be anybody.
         told = str(error) if isinstance(error, CacheflowError) else "The engine's log says more."

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
-from cacheflow.errors import InvalidRequestError, RequestFailedError
+from cacheflow.errors import CacheflowError, InvalidRequestError
 from cacheflow.text.assembler import RequestAssembler
 from cacheflow.text.embedding import embedding_output
 from cacheflow.text.requests import make_embed_request, make_request
@@ -158,9 +158,8 @@ class LLM:
                 while not news:
                     self._step()
                 news.clear()
-                output = running.assembler.output()
-                running.raise_failure(output)
-                yield output
+                running.raise_failure()
+                yield running.assembler.output()
         finally:
             self._end(running)
 
@@ -242,10 +241,9 @@ class LLM:
                 running = news.popleft()
                 if running.assembler.finished and running.position in unfinished:
                     self._end(unfinished.pop(running.position))
-                    output = running.assembler.output()
                     if raise_errors:
-                        running.raise_failure(output)
-                    yield running.position, output
+                        running.raise_failure()
+                    yield running.position, running.assembler.output()
         finally:
             for running in unfinished.values():
                 self._end(running)
@@ -275,7 +273,7 @@ class LLM:
                 if running is None:
                     continue
                 running.assembler.add(update)
-                running.is_invalid = update.is_invalid
+                running.failure = update.exception()
                 for index in running.assembler.take_stopped():
                     self._core.abort(update.request_id, index=index)
                 running.news.append(running)
@@ -295,18 +293,18 @@ class _Running:
         request: As the core has it.
         assembler: What has come of it.
         news: Where it is put whenever something has come; shared by all requests of a call.
-        is_invalid: If it failed, it was its own fault.
+        failure: Why it failed, if it did.
     """
 
     position: int
     request: EngineRequest
     assembler: RequestAssembler
     news: deque[_Running]
-    is_invalid: bool = False
+    failure: CacheflowError | None = None
 
-    def raise_failure(self, output: RequestOutput) -> None:
-        if output.error is not None:
-            raise InvalidRequestError(output.error) if self.is_invalid else RequestFailedError(output.error)
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
 
 class _Progress:

@@ -111,12 +111,12 @@ class Metrics:
         return RequestTimer(self, request)
 
     async def exposition(self, server: Server) -> bytes:
-        """Everything in Prometheus' text format. An engine that is gone or hangs is left out, and `engine_up` is 0."""
+        """Everything in Prometheus' text format. An engine that gives no numbers is left out, and `engine_up` is 0."""
         from prometheus_client import generate_latest
 
         try:
             self._reading.stats = await asyncio.wait_for(server.stats(), ENGINE_TIMEOUT_S)
-        except (EngineDeadError, asyncio.TimeoutError):
+        except (EngineDeadError, EngineOverloadedError, asyncio.TimeoutError):
             self._reading.stats = None
         return generate_latest(_WithoutCreated(self._registry))
 

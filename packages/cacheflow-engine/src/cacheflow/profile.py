@@ -26,7 +26,7 @@ MAX_TRACE_EVENTS = 500_000
 """About 50 MB of JSON, and 1,500 steps of a model with 30 layers. Later spans are counted in the table and not traced."""
 
 EXECUTE = "execute"
-"""The span of a step that holds all of the worker's."""
+"""The span of a step that holds all of the worker's: handing it over. A device that goes on by itself is waited for later."""
 
 SpanMaker = Callable[[str], AbstractContextManager[None]]
 

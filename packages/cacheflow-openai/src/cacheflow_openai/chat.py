@@ -16,7 +16,7 @@ from cacheflow.text import Tokenizer
 from cacheflow.text.chat_template import ChatTemplate
 from cacheflow.types import FINISH_STOP, CompletionOutput, RequestOutput
 from cacheflow_openai.chat_schema import ChatRequest
-from cacheflow_openai.fields import schema_errors_named
+from cacheflow_openai.fields import structure_errors_named
 from cacheflow_openai.logprobs import chat_logprobs
 from cacheflow_openai.models import fingerprint
 from cacheflow_openai.outputs import has_deltas, outputs_of, usage_of
@@ -81,7 +81,7 @@ class ChatRun:
         is_marked = BEGIN in (template.source or "")
         choices = [_Choice(engine.tokenizer, request, index, is_marked) for index in range(request.params.n)]
         outputs = outputs_of(engine, [ids], request.params, request.cache_salt, self._request_id)
-        with schema_errors_named(request.structure_param):
+        with structure_errors_named(request.structure_param):
             async with aclosing(outputs):
                 async for _, output in outputs:
                     self._latest = output

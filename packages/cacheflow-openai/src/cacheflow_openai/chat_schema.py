@@ -26,8 +26,8 @@ from cacheflow_openai.fields import (
     must_be,
     sampling_fields,
     schema,
-    schema_errors_named,
     string,
+    structure_errors_named,
     whole,
 )
 
@@ -178,7 +178,7 @@ def _message(message: Any, param: str) -> dict[str, Any]:
     }
     for name in ("name", "tool_call_id"):
         if name in values:
-            parsed[name] = string(values, name)
+            parsed[name] = string(values, name, f"{param}.")
     if calls:
         if not isinstance(calls, list) or role != "assistant":
             raise InvalidRequestError(f"{param}.tool_calls must be a list, of an assistant's message.", param=param)
@@ -245,8 +245,12 @@ def arguments_of(arguments: Any, param: str) -> dict[str, Any] | str:
     return parsed if isinstance(parsed, dict) else arguments
 
 
-def parse_tools(tools: Any) -> list[dict[str, Any]]:
+def parse_tools(tools: Any, place: str = "function.") -> list[dict[str, Any]]:
     """The tools, in the form that templates know.
+
+    Args:
+        tools: A list of them.
+        place: What the client's form has between a tool and the fields of its function.
 
     Raises:
         InvalidRequestError: Naming the first that is no function, or whose name another has.
@@ -257,17 +261,17 @@ def parse_tools(tools: Any) -> list[dict[str, Any]]:
     for number, tool in enumerate(tools):
         param = f"tools[{number}]"
         if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-            raise InvalidRequestError(f'{param} must be {{"type": "function", "function": {{…}}}}.', param=param)
+            raise InvalidRequestError(f'{param} must be of type "function", with the {place}name.', param=param)
         function = given(tool["function"])
         name, description = function.get("name"), function.get("description", "")
         if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name) or name in parsed:
             raise InvalidRequestError(
-                f"{param}.function.name must be 1 to 64 letters, digits, dots, dashes or underscores that no other tool has.",
+                f"{param}.{place}name must be 1 to 64 letters, digits, dots, dashes or underscores that no other tool has.",
                 param=param,
             )
         if not isinstance(description, str):
-            raise InvalidRequestError(f"{param}.function.description must be a string.", param=param)
-        parameters = schema(function.get("parameters", {}), f"{param}.function.parameters")
+            raise InvalidRequestError(f"{param}.{place}description must be a string.", param=param)
+        parameters = schema(function.get("parameters", {}), f"{param}.{place}parameters")
         # The order of the keys is that in which the models were shown them.
         shown = {"name": name, "description": description, "parameters": parameters or NO_PARAMETERS}
         parsed[name] = {"type": "function", "function": shown}
@@ -289,19 +293,20 @@ def parse_tool_choice(value: Any, tools: Sequence[dict[str, Any]]) -> ToolChoice
     function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
     if not isinstance(function, dict):
         raise InvalidRequestError(
-            'tool_choice must be none, auto, required, or {"type": "function", "function": {"name": …}}.', param="tool_choice"
+            'tool_choice must be none, auto, required, or of type "function", with its name.', param="tool_choice"
         )
     if function.get("name") not in [tool["function"]["name"] for tool in tools]:
         raise InvalidRequestError("tool_choice names a function that is not among the tools.", param="tool_choice")
     return ToolChoice("named", function["name"])
 
 
-def parse_response_format(value: Mapping[str, Any], param: str) -> StructuredOutput | None:
+def parse_response_format(value: Mapping[str, Any], param: str, place: str = "json_schema") -> StructuredOutput | None:
     """What the answer's text must be.
 
     Args:
         value: OpenAI's object. Its schema stands in its `json_schema`, as in chats, or in itself, as in responses.
         param: The field that it comes from.
+        place: What is missing if there is no schema.
 
     Raises:
         InvalidRequestError: It is none of OpenAI's formats.
@@ -310,11 +315,13 @@ def parse_response_format(value: Mapping[str, Any], param: str) -> StructuredOut
     if kind == "json_object":
         return StructuredOutput(json_object=True)
     if kind == "json_schema":
-        described, place = (value, param) if "schema" in value else (value.get("json_schema"), f"{param}.json_schema")
+        described, holder = (value, param) if "schema" in value else (value.get("json_schema"), f"{param}.json_schema")
         if not isinstance(described, dict):
-            raise InvalidRequestError(f"{param} is of type json_schema, but there is no schema in it.", param=place)
-        with schema_errors_named(param):
-            return StructuredOutput(json_schema=schema(described.get("schema", {}), f"{place}.schema"))
+            raise InvalidRequestError(
+                f"{param} is of type json_schema, but there is no {place} in it.", param=f"{param}.{place}"
+            )
+        with structure_errors_named(param):
+            return StructuredOutput(json_schema=schema(described.get("schema", {}), f"{holder}.schema"))
     return None
 
 
@@ -332,7 +339,7 @@ def with_structure(
     """
     if tool_choice.is_forced:
         # An answer that must be a call is no answer in that format; OpenAI lets the call win too.
-        with schema_errors_named("tools"):
+        with structure_errors_named("tools"):
             structured = StructuredOutput(json_schema=forced_schema(tools, tool_choice, max_calls))
     if structured is None:
         return params

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from cacheflow.errors import InvalidRequestError, shown
-from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS
+from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS, StructuredOutput
 
 MAX_STOP_STRINGS = 4
 """OpenAI's limit."""
@@ -19,6 +20,8 @@ MIN_SEED = -(2**63)
 """OpenAI's limit."""
 MAX_SCHEMA_BYTES = MAX_STRUCTURE_BYTES
 """Longest JSON schema of a response format or a tool."""
+
+_STRUCTURE_PARAMS = ("structured", *(field.name for field in fields(StructuredOutput)))
 
 
 def given(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,27 +39,38 @@ def must_be(name: str, allowed: str, value: Any) -> InvalidRequestError:
     return InvalidRequestError(f"{name} must be {allowed}, got {shown(value)}.", param=name)
 
 
-def flag(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
+def flag(values: Mapping[str, Any], name: str, default: bool = False, place: str = "") -> bool:
     """A field that is true or false.
+
+    Args:
+        values: The fields.
+        name: Of this one.
+        default: If it is left out.
+        place: As in `choice`.
 
     Raises:
         InvalidRequestError: It is neither.
     """
     value = values.get(name, default)
     if not isinstance(value, bool):
-        raise must_be(name, "true or false", value)
+        raise must_be(f"{place}{name}", "true or false", value)
     return value
 
 
-def string(values: Mapping[str, Any], name: str) -> str | None:
+def string(values: Mapping[str, Any], name: str, place: str = "") -> str | None:
     """A field that is text, or None.
+
+    Args:
+        values: The fields.
+        name: Of this one.
+        place: As in `choice`.
 
     Raises:
         InvalidRequestError: It is something else.
     """
     value = values.get(name)
     if value is not None and not isinstance(value, str):
-        raise must_be(name, "a string", value)
+        raise must_be(f"{place}{name}", "a string", value)
     return value
 
 
@@ -137,7 +151,7 @@ def include_usage(values: Mapping[str, Any], stream: bool) -> bool:
     options = mapping(values, "stream_options")
     if options and not stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    return flag(given(options), "include_usage")
+    return flag(given(options), "include_usage", place="stream_options.")
 
 
 def check_stop(values: Mapping[str, Any]) -> None:
@@ -161,8 +175,8 @@ def sampling_fields(values: Mapping[str, Any], left_out: Collection[str] = ()) -
 
 
 @contextmanager
-def schema_errors_named(param: str | None) -> Iterator[None]:
-    """What is found wrong with a `json_schema` inside is told of the field `param` that it comes from.
+def structure_errors_named(param: str | None) -> Iterator[None]:
+    """What is found wrong with a structured output inside is told of the field `param` that it was made from, if that is given.
 
     Raises:
         InvalidRequestError: The same, under that name.
@@ -170,7 +184,7 @@ def schema_errors_named(param: str | None) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        if param is None or error.param != "json_schema":
+        if param is None or error.param not in _STRUCTURE_PARAMS:
             raise
         raise InvalidRequestError(str(error), param=param) from error
 

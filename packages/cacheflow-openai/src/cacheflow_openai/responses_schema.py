@@ -75,14 +75,14 @@ def parse_response(document: Mapping[str, Any]) -> ResponseRequest:
     stream = flag(values, "stream")
     instructions = string(values, "instructions")
     sent_tools, sent_choice = values.get("tools", []), values.get("tool_choice")
-    tools = parse_tools([_chat_tool(tool) for tool in sent_tools] if isinstance(sent_tools, list) else sent_tools)
+    tools = parse_tools([_chat_tool(tool) for tool in sent_tools] if isinstance(sent_tools, list) else sent_tools, place="")
     tool_choice = parse_tool_choice(_chat_tool(sent_choice) if isinstance(sent_choice, dict) else sent_choice, tools)
     max_calls = MAX_CALLS if flag(values, "parallel_tool_calls", True) else 1
     top_logprobs = _top_logprobs(values)
     sampling = sampling_fields(values, REFUSED_FIELDS)
     sampling |= {"max_tokens": whole(values, "max_output_tokens", 1), "logprobs": top_logprobs}
     text = mapping(values, "text")
-    structured = parse_response_format(mapping(given(text), "format"), "text.format")
+    structured = parse_response_format(mapping(given(text), "format"), "text.format", "schema")
     chat = ChatRequest(
         model=string(values, "model"),
         messages=_messages(values.get("input"), instructions),
@@ -143,7 +143,7 @@ def _add_item(messages: list[dict[str, Any]], item: Any, param: str) -> None:
         text = text_of(item.get("content"), TEXT_PARTS, f"{param}.content")
         messages.append({"role": "system" if role == "developer" else role, "content": text})
     elif kind == "function_call":
-        name, call_id = string(item, "name"), string(item, "call_id")
+        name, call_id = string(item, "name", f"{param}."), string(item, "call_id", f"{param}.")
         if not name or not call_id:
             raise InvalidRequestError(f"{param} must have a call_id and a name.", param=param)
         arguments = arguments_of(item.get("arguments"), param)
@@ -154,7 +154,7 @@ def _add_item(messages: list[dict[str, Any]], item: Any, param: str) -> None:
         )
     elif kind == "function_call_output":
         output = text_of(item.get("output"), TEXT_PARTS, f"{param}.output")
-        messages.append({"role": "tool", "content": output, "tool_call_id": string(item, "call_id") or ""})
+        messages.append({"role": "tool", "content": output, "tool_call_id": string(item, "call_id", f"{param}.") or ""})
     else:
         raise InvalidRequestError(
             f"{param}.type must be message, function_call or function_call_output, got {str(kind)[:40]!r}.",

@@ -39,8 +39,8 @@ def run_batch(
 ) -> None:
     """Answer the requests of INPUT, one JSON object a line in the format of OpenAI's batches, into OUTPUT.
 
-    Each answer is on the disk before the progress bar counts it. Run the same command again after it was ended in any way,
-    and it goes on with what has no answer yet.
+    Answers come in the order in which they are ready: tell them apart by custom_id. Each is on the disk before the progress bar
+    counts it. Run the same command again after it was ended in any way, and it goes on with what has no answer yet.
     """
     config = build(EngineConfig, values)
     if engine is None and engine_key is not None:

@@ -31,19 +31,21 @@ async def tokenize(engine: AsyncLLMServer, template: ChatTemplate, document: Map
     # None: as the model wants it. A template writes the BOS token itself.
     add_bos: bool | None = flag(values, "add_special_tokens") if "add_special_tokens" in values else None
     wants_texts = flag(values, "return_token_strs")
+
+    def tokenized(text: str, add_bos: bool | None) -> dict[str, Any]:
+        ids = engine.tokenizer.encode(text, add_bos)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": engine.model_info.max_model_len, "tokens": ids}
+        if wants_texts:
+            answer["token_strs"] = [engine.tokenizer.token_text(token_id) for token_id in ids]
+        return answer
+
     if "messages" in values:
         messages, tools = parse_messages(values["messages"]), parse_tools(values.get("tools", []))
-        ids = await asyncio.to_thread(lambda: engine.tokenizer.encode(template.render(messages, tools), add_bos=bool(add_bos)))
-    else:
-        text = values["prompt"]
-        if not isinstance(text, str):
-            raise InvalidRequestError("prompt must be a string.", param="prompt")
-        encode = engine.tokenizer.encode
-        ids = await asyncio.to_thread(encode, text, add_bos) if len(text) > LONG_TEXT else encode(text, add_bos)
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": engine.model_info.max_model_len, "tokens": ids}
-    if wants_texts:
-        answer["token_strs"] = [engine.tokenizer.token_text(token_id) for token_id in ids]
-    return answer
+        return await asyncio.to_thread(lambda: tokenized(template.render(messages, tools), bool(add_bos)))
+    text = values["prompt"]
+    if not isinstance(text, str):
+        raise InvalidRequestError("prompt must be a string.", param="prompt")
+    return await asyncio.to_thread(tokenized, text, add_bos) if len(text) > LONG_TEXT else tokenized(text, add_bos)
 
 
 async def detokenize(engine: AsyncLLMServer, document: Mapping[str, Any]) -> dict[str, Any]:

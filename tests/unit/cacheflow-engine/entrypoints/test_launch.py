@@ -48,7 +48,7 @@ def test_a_flag_of_the_original_that_is_gone_says_why(capsys: pytest.CaptureFixt
 def test_a_server_may_have_more_connections_than_a_shell_gives_it_files() -> None:
     program = (
         "import resource\n"
-        "from cacheflow.entrypoints.launch import MOST_FILES, SPARE_FILES, allow_many_connections, most_connections\n"
+        "from cacheflow.entrypoints.http_server import MOST_FILES, SPARE_FILES, allow_many_connections, most_connections\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
         "allow_many_connections()\nsoft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
         "assert soft == (MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)), (soft, hard)\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -142,3 +143,19 @@ def test_what_is_no_request_is_answered_as_all_errors_are(sent: bytes, status: i
     error = json.loads(body)["error"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, code)
     assert status == 400 or "more than 16384 bytes" in error["message"]
+
+
+@pytest.mark.parametrize(("path", "status"), [(b"unread", 200), (b"", 400)])
+def test_a_body_that_turns_to_rubbish_ends_the_connection_whether_it_was_answered_or_not(
+    path: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(HEAD % path + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        answer = await reader.readuntil(b"done") if path == b"unread" else b""
+        writer.write(b"no size\r\n")
+        return answer + await reader.read(-1)
+
+    answer = talk_to_server(talk)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert len(re.findall(rb"HTTP/1.1 \d", answer)) == 1
+    assert not [record for record in caplog.records if record.exc_info]

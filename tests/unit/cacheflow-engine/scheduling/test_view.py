@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from simulated import SimulatedExecutor
 
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
+from cacheflow.errors import InvalidRequestError
 from cacheflow.types import BLOCK_CACHED, BLOCK_FREE, BLOCK_OWNED, BLOCK_SHARED, EngineRequest, SamplingParams
 
 BLOCK_SIZE = 4
@@ -14,6 +16,15 @@ BLOCK_SIZE = 4
 def make_core(num_blocks: int = 40, max_num_seqs: int = 8) -> EngineCore:
     config = EngineConfig(block_size=BLOCK_SIZE, max_num_batched_tokens=64, max_num_seqs=max_num_seqs)
     return EngineCore(config, SimulatedExecutor(num_blocks, BLOCK_SIZE, 64))
+
+
+def test_too_many_sequences_are_refused_by_the_field_that_asked_for_them() -> None:
+    core = make_core(max_num_seqs=4)
+    for fields, name in (({"n": 5}, "n"), ({"n": 2, "best_of": 6}, "best_of")):
+        params = SamplingParams(max_tokens=2, seed=0, **fields)
+        with pytest.raises(InvalidRequestError, match=f"^{name} asks for {params.num_sequences} sequences at a time") as caught:
+            core.add(EngineRequest(request_id="a", prompt_token_ids=[1], params=params, arrival_s=0.0))
+        assert caught.value.param == name
 
 
 def request(request_id: str, prompt: list[int], n: int = 1, max_tokens: int = 20, arrival_s: float = 0.0) -> EngineRequest:

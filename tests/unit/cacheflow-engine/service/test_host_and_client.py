@@ -806,7 +806,7 @@ def test_an_error_of_the_connections_keeper_ends_streams_instead_of_leaving_them
     async def work(client: EngineClient) -> None:
         reading = asyncio.create_task(tokens_of(client, request("r", ENDLESS)))
         await stats_when(client, lambda stats: stats.num_running == 1)
-        monkeypatch.setattr(wire, "parse_address", lambda address, has_key: "nonsense")
+        monkeypatch.setattr(client_module, "parse_address", lambda address, has_key: "nonsense")
         raw.say(wire.Hello(wire.PROTOCOL_VERSION, client.client_id))
         assert isinstance(await asyncio.to_thread(raw.hear), wire.Welcome)
         with pytest.raises(EngineDeadError):
@@ -885,6 +885,15 @@ def test_only_the_owner_may_enter_the_socket_and_its_folder(context: zmq.Context
 def test_an_address_in_use_is_refused(context: zmq.Context[zmq.Socket[bytes]], engine: Engine) -> None:
     with pytest.raises(ConfigError, match="Another process listens on"):
         bind(context, engine.address)
+
+
+def test_a_file_that_is_no_socket_is_left_alone(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("file", "link", "."):
+        with pytest.raises(ConfigError, match="is no socket"):
+            bind(context, str(tmp_path / name))
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_a_port_in_use_is_refused(context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
+
+import pytest
 
 from cacheflow.service.journal import StepJournal, journal_path
 from cacheflow.types import EngineRequest, SamplingParams
@@ -42,6 +45,28 @@ def test_an_end_in_order_leaves_no_file(tmp_path: Path) -> None:
 def test_a_damaged_journal_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "journal").write_bytes(b"\xff\xff\xff\xffrubbish")
     assert StepJournal(tmp_path / "journal").num_deaths == {}
+
+
+def test_a_journal_that_can_t_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    journal = StepJournal(tmp_path / "file" / "journal")
+    journal.write([request("a", "1")])
+    journal.close()
+    assert caplog.text.count("can't be written") == 1
+    assert "Not a directory" in caplog.text
+
+
+def test_a_disk_that_fills_up_ends_the_journal_and_not_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = StepJournal(tmp_path / "journal")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # As good as a full disk.
+    try:
+        journal.write([request("a", "1")])
+        journal.write([request("a", "2")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("can't be written") == 1
+    assert not (tmp_path / "journal").exists()
 
 
 def test_a_shorter_step_overwrites_a_longer_one(tmp_path: Path) -> None:

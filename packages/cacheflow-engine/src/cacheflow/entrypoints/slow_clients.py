@@ -47,11 +47,12 @@ class TimedProtocol(H11Protocol):
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             message = f"The headers have more than {self.config.h11_max_incomplete_event_size} bytes; no more are taken."
             document = error_document(message, kind, code="headers_too_large")
-        body = json.dumps(document).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        start = h11.Response(status_code=status, headers=headers, reason=status.phrase)
-        for event in (start, h11.Data(body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event))
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # Else there is an answer already, to what came before.
+            body = json.dumps(document).encode()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            start = h11.Response(status_code=status, headers=headers, reason=status.phrase)
+            for event in (start, h11.Data(body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

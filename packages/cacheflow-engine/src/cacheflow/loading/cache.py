@@ -6,23 +6,14 @@ What lies in it can be deleted at any time. Files appear whole or not at all, so
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$CACHEFLOW_CACHE`, or the platform's place for caches. It may not exist yet."""
+    """`$CACHEFLOW_CACHE`, else `cacheflow` in `$XDG_CACHE_HOME` or `~/.cache`, beside the hub's. It may not exist yet."""
     chosen = os.environ.get("CACHEFLOW_CACHE")
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "win32":
-        parent = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        parent = Path.home() / "Library" / "Caches"
-    else:
-        parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(parent) / "cacheflow"
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cacheflow"
 
 
 def write_whole(path: Path, text: str) -> None:

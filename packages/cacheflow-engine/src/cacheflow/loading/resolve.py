@@ -6,6 +6,7 @@ is an error that says what to do. It opens no weights and imports no torch.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from cacheflow.loading.demo import DEMO, demo_file
 from cacheflow.loading.tokenizer_files import read_tokenizer
 from cacheflow.plugins import load_plugin, select_plugin
 from cacheflow.types import TokenizerData
+
+logger = logging.getLogger(__name__)
 
 _GROUP = "cacheflow.weight_loaders"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -120,9 +123,11 @@ def _find_on_hub(name: str, download_dir: str | None, weights: tuple[str, ...]) 
     except HfHubHTTPError as error:
         reason = f"the hub refused it (status {error.response.status_code}): it has no such model, or not for you"
     except Exception as error:  # Each transport raises its own errors for a network that is not there.
-        reason = f"the hub can't be reached ({type(error).__name__})"
+        reason = f"the hub can't be reached ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
     try:
-        return Path(huggingface_hub.snapshot_download(name, cache_dir=download_dir, local_files_only=True))
+        found = Path(huggingface_hub.snapshot_download(name, cache_dir=download_dir, local_files_only=True))
+        logger.info("%s: %s; what its cache has of the model is taken", name, reason)
+        return found
     except LocalEntryNotFoundError:
         folder = download_dir or huggingface_hub.constants.HF_HUB_CACHE
         raise ModelNotFoundError(

@@ -133,17 +133,18 @@ class Scheduler:
         if num_prompt_tokens == 0:
             raise InvalidRequestError("The prompt is empty: at least one token is needed.", param="prompt")
         is_embedding = source.task == "embed"
-        if num_prompt_tokens > self._max_model_len - (0 if is_embedding else 1):
+        most_prompt_tokens = self._max_model_len - (0 if is_embedding else 1)  # At least one is to be generated.
+        if num_prompt_tokens > most_prompt_tokens:
             raise InvalidRequestError(
-                f"The prompt has {num_prompt_tokens} tokens; with at least one to generate, at most "
-                f"{self._max_model_len - 1} fit the context of {self._max_model_len} tokens (--max-model-len).",
+                f"The prompt has {num_prompt_tokens} tokens; at most {most_prompt_tokens} fit the context of "
+                f"{self._max_model_len} tokens (--max-model-len).",
                 param="prompt",
             )
         if params.num_sequences > self._max_num_seqs:
             raise InvalidRequestError(
-                f"n or best_of asks for {params.num_sequences} sequences at a time; this engine runs at most "
+                f"{params.sequences_field} asks for {params.num_sequences} sequences at a time; this engine runs at most "
                 f"{self._max_num_seqs} (--max-num-seqs).",
-                param="best_of",
+                param=params.sequences_field,
             )
         if is_embedding and (params.num_sequences > 1 or params.prompt_logprobs is not None or source.resumed):
             raise InvalidRequestError(
@@ -203,7 +204,7 @@ class Scheduler:
                 return
         self._end_request(request)
 
-    def fail(self, request: Request, error: str, *, is_invalid: bool) -> RequestUpdate:
+    def fail(self, request: Request, error: str, *, is_invalid: bool, param: str | None = None) -> RequestUpdate:
         """Ends a request with an error."""
         if self.is_alive(request):
             self._end_request(request)
@@ -219,6 +220,7 @@ class Scheduler:
             finished=True,
             error=error,
             is_invalid=is_invalid,
+            param=param,
         )
 
     def stats(self) -> EngineStats:

@@ -1,7 +1,7 @@
 """The client side of the engine's socket: submits requests and hands each its own updates.
 
-It owns the connection and who waits for what. It knows token ids and messages, no text; it imports no torch. Whether the
-engine is a child of this process or a service elsewhere makes no difference here.
+It owns who waits for what, and when the connection is made anew. It knows token ids and messages, no text; it imports no torch.
+Whether the engine is a child of this process or a service elsewhere makes no difference here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import logging
 import math
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import zmq
-import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from cacheflow.errors import (
     CacheflowError,
@@ -28,8 +25,11 @@ from cacheflow.errors import (
     InvalidRequestError,
 )
 from cacheflow.service import wire
+from cacheflow.service.address import parse_address
+from cacheflow.service.connection import Connection
 from cacheflow.service.keys import EngineKey
-from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate, ResumedSequence
+from cacheflow.service.stream import Stream
+from cacheflow.types import EngineRequest, EngineStats, EngineView, ModelInfo, RequestUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -52,60 +52,6 @@ GOODBYE_LINGER_MS = 200
 """How long closing waits for the last messages to be taken."""
 
 
-@dataclass
-class _Stream:
-    """A request and what its caller waits for.
-
-    It remembers what was received, so that another engine can go on where this one died.
-
-    Attributes:
-        request: As it was sent first.
-        updates: What has arrived; an exception ends the stream.
-        is_sent: Some engine was sent it, and may have accepted it.
-        is_left: The caller has gone; the engine has yet to say its last word on the request.
-        ended: Set with the last word, after which the request's id is free again.
-    """
-
-    request: EngineRequest
-    updates: asyncio.Queue[RequestUpdate | CacheflowError] = field(default_factory=asyncio.Queue)
-    is_sent: bool = False
-    is_left: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    _received: dict[int, ResumedSequence] = field(default_factory=dict)
-    _num_prompt_logprobs: int = 0
-    _num_repeated: int = 0
-
-    def note(self, update: RequestUpdate) -> None:
-        """Remembers an update that is about to be given out, and takes out of it what was given out before."""
-        for sequence in update.sequences:
-            known = self._received.get(sequence.index)
-            token_ids = known.token_ids if known else []
-            token_ids.extend(sequence.new_token_ids)
-            has_ended = sequence.finish_reason is not None or (known is not None and known.is_finished)
-            self._received[sequence.index] = ResumedSequence(
-                index=sequence.index,
-                token_ids=token_ids,
-                cumulative_logprob=sequence.cumulative_logprob,
-                is_finished=has_ended,
-            )
-        if update.new_prompt_logprobs:
-            num_repeated = min(self._num_repeated, len(update.new_prompt_logprobs))
-            self._num_repeated -= num_repeated
-            update.new_prompt_logprobs = update.new_prompt_logprobs[num_repeated:]
-            self._num_prompt_logprobs += len(update.new_prompt_logprobs)
-
-    def note_abort(self, index: int) -> None:
-        """One sequence was aborted: no other engine is to go on with it."""
-        if index in self._received:
-            self._received[index] = replace(self._received[index], is_finished=True)
-
-    def again(self) -> EngineRequest:
-        """The request as another engine is to take it over."""
-        if not self._received:
-            self._num_repeated = self._num_prompt_logprobs
-        return replace(self.request, resumed=[self._received[index] for index in sorted(self._received)])
-
-
 class EngineClient:
     """A connection to an engine process. Made by `connect`, within a running event loop, and to be closed.
 
@@ -123,7 +69,7 @@ class EngineClient:
         self,
         address: str,
         client_id: str,
-        connection: _Connection,
+        connection: Connection,
         model_info: ModelInfo,
         rejoin_timeout_s: float,
         key: EngineKey | None = None,
@@ -135,7 +81,7 @@ class EngineClient:
         self._key = key
         self._is_connected = True
         self._rejoin_timeout_s = rejoin_timeout_s
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._reading_waiters: deque[asyncio.Future[Any]] = deque()
         self._is_draining = False
         self._is_engine_draining = False
@@ -166,7 +112,7 @@ class EngineClient:
         """
         client_id = secrets.token_hex(16)
         key = None if key_file is None else EngineKey.read(key_file)
-        connection = _Connection(wire.parse_address(address, has_key=key is not None), key)
+        connection = Connection(parse_address(address, has_key=key is not None), key)
         try:
             model_info = await _shake_hands(connection, client_id, address, timeout_s)
         except BaseException:
@@ -277,7 +223,7 @@ class EngineClient:
         await asyncio.gather(self._task, return_exceptions=True)
         self._connection.close(linger_ms=GOODBYE_LINGER_MS if was_alive else 0)
 
-    async def _open(self, request: EngineRequest) -> _Stream:
+    async def _open(self, request: EngineRequest) -> Stream:
         request_id = request.request_id
         while True:
             error = self._death or self._outage
@@ -297,7 +243,7 @@ class EngineClient:
                 f"The engine is gone, and {num_unsent} requests wait for another one. Try again in {REJOIN_PAUSE_S:g} s.",
                 REJOIN_PAUSE_S,
             )
-        stream = self._streams[request_id] = _Stream(request)
+        stream = self._streams[request_id] = Stream(request)
         return stream
 
     def _end(self, request_id: str, last: RequestUpdate | CacheflowError) -> None:
@@ -363,7 +309,7 @@ class EngineClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _rejoin(self, loss: EngineDeadError) -> _Connection:
+    async def _rejoin(self, loss: EngineDeadError) -> Connection:
         """Looks for an engine until there is one; gives up what waits for it when that takes longer than was stated."""
         while True:
             try:
@@ -375,8 +321,8 @@ class EngineClient:
                     self._fail_streams(self._outage)
                 await asyncio.sleep(REJOIN_PAUSE_S)
 
-    async def _try_rejoin(self) -> _Connection:
-        connection = _Connection(wire.parse_address(self.address, has_key=self._key is not None), self._key)
+    async def _try_rejoin(self) -> Connection:
+        connection = Connection(parse_address(self.address, has_key=self._key is not None), self._key)
         try:
             info = await _shake_hands(connection, self.client_id, self.address, self._rejoin_timeout_s)
             if info != self.model_info:
@@ -454,7 +400,7 @@ class EngineClient:
             self._connection.send(wire.encode_client_message(wire.Ping()))
 
 
-async def _shake_hands(connection: _Connection, client_id: str, address: str, timeout_s: float) -> ModelInfo:
+async def _shake_hands(connection: Connection, client_id: str, address: str, timeout_s: float) -> ModelInfo:
     loop = asyncio.get_running_loop()
     hello = wire.encode_client_message(wire.Hello(wire.PROTOCOL_VERSION, client_id))
     interval_s = min(HELLO_INTERVAL_S, timeout_s / 3)
@@ -492,61 +438,3 @@ async def _shake_hands(connection: _Connection, client_id: str, address: str, ti
         elif isinstance(message, wire.Loading) and message.elapsed_s - logged_s >= LOADING_LOG_INTERVAL_S:
             logged_s = message.elapsed_s
             logger.info("The engine has been loading its model for %.0f s.", logged_s)
-
-
-class _Connection:
-    """A DEALER socket with a monitor. It speaks bytes."""
-
-    def __init__(self, endpoint: str, key: EngineKey | None) -> None:
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ENGINE_MESSAGE_BYTES)
-        # ZeroMQ's own threads beat, so that neither a long step there nor a busy loop here looks like death.
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(wire.PING_INTERVAL_S * 1000))
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(wire.LEASE_S * 1000))
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.IPV6, "[" in endpoint)
-        self._has_key, self._is_tcp = key is not None, endpoint.startswith("tcp:")
-        if key is not None:
-            key.secure_client(self._socket)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
-        self._socket.connect(endpoint)
-
-    @property
-    def key_question(self) -> str:
-        """What else may be wrong when nobody answers: an engine says nothing to who has another key than it, or none."""
-        return ", with a copy of this --engine-key" if self._has_key else ", without an --engine-key" if self._is_tcp else ""
-
-    def send(self, data: bytes) -> None:
-        """Sends, or queues until it can be sent; messages keep their order."""
-        self._socket.send(data)
-
-    async def receive(self) -> bytes:
-        """The next message."""
-        return await self._socket.recv()
-
-    def receive_rest(self) -> Iterable[bytes]:
-        """What has arrived and not been received."""
-        shadow: zmq.Socket[Any] = zmq.Socket.shadow(self._socket)
-        with contextlib.suppress(zmq.Again):
-            while True:
-                yield shadow.recv(zmq.NOBLOCK)
-
-    async def lost(self) -> None:
-        """Returns when the other side has closed, or has not been heard of for `LEASE_S`."""
-        queue: zmq.Socket[Any] = zmq.Socket.shadow(self._monitor)
-        while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
-            # A loss that a further event follows was made good before there was anything to lose: while shaking hands.
-            if event == zmq.EVENT_DISCONNECTED and not queue.poll(0):
-                return
-
-    def close(self, linger_ms: int) -> None:
-        """Closes, waiting up to `linger_ms` for messages to leave. May be called twice."""
-        if self._socket.closed:
-            return
-        self._socket.disable_monitor()
-        self._monitor.close(0)
-        self._socket.close(linger_ms)
-        self._context.term()

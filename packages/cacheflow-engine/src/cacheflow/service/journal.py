@@ -33,7 +33,8 @@ class _Content(msgspec.Struct, array_like=True):
 class StepJournal:
     """Reads what the engine before this one was doing, and writes what this one does.
 
-    A step costs one small write into the page cache, which survives the process, though not the machine.
+    A step costs one small write into the page cache, which survives the process, though not the machine. Where nothing can be
+    written, it does nothing, after a warning.
 
     Args:
         path: The file; its folder is made if needed.
@@ -45,17 +46,27 @@ class StepJournal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.num_deaths = _read_deaths(path)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._encoder = msgspec.msgpack.Encoder()
         self._deaths = list(self.num_deaths.items())[-MAX_REMEMBERED:]
+        self._file = -1
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            self._give_up(error)
         self.write(())
 
     def write(self, running: Iterable[EngineRequest]) -> None:
         """A step with these requests is about to run."""
+        if self._file < 0:
+            return
         content = _Content(self._deaths, [(r.client_id, r.request_id) for r in running])
         data = self._encoder.encode(content)
-        os.pwrite(self._file, len(data).to_bytes(4, "little") + data, 0)
+        try:
+            os.pwrite(self._file, len(data).to_bytes(4, "little") + data, 0)
+        except OSError as error:
+            self.close()
+            self._give_up(error)
 
     def close(self) -> None:
         """The engine ends in order: there is nothing to suspect. May be called twice."""
@@ -63,6 +74,14 @@ class StepJournal:
             os.close(self._file)
             self._file = -1
             self._path.unlink(missing_ok=True)
+
+    def _give_up(self, error: OSError) -> None:
+        # A full disk or a folder that is only to be read is no reason to serve nobody.
+        logger.warning(
+            "The journal %s can't be written (%s). Should a request kill this engine, the next one will not know which.",
+            self._path,
+            error.strerror,
+        )
 
 
 def journal_path(address: str) -> Path:

@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import socket as unix_socket
+import stat
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ import zmq
 from cacheflow.config import EngineConfig
 from cacheflow.errors import CacheflowError, ConfigError, EngineDeadError
 from cacheflow.service import wire
+from cacheflow.service.address import parse_address
 from cacheflow.service.backlog import Backlog
 from cacheflow.service.host import Host, refuse_hello
 from cacheflow.service.journal import StepJournal, journal_path
@@ -51,7 +53,7 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey |
     Raises:
         ConfigError: The address is not one, is off this machine without a key, or is taken.
     """
-    endpoint = wire.parse_address(address, has_key=key is not None)
+    endpoint = parse_address(address, has_key=key is not None)
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_CLIENT_MESSAGE_BYTES)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -65,8 +67,7 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey |
         if endpoint.startswith("ipc://"):
             path = endpoint.removeprefix("ipc://")
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            if _is_listening(path):
-                raise ConfigError(f"Another process listens on {path}. End it, or choose another address.")
+            _check_free(path)
         socket.bind(endpoint)
     except (OSError, zmq.ZMQError) as error:
         socket.close(0)
@@ -79,14 +80,18 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], address: str, key: EngineKey |
     return socket
 
 
-def _is_listening(path: str) -> bool:
-    # ZeroMQ would silently take the place of an engine that is still there.
+def _check_free(path: str) -> None:
+    """Only a socket that nobody listens on any more may give way: ZeroMQ would remove whatever is there."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ConfigError(f"{path} is there already and is no socket. Choose another address.")
     with unix_socket.socket(unix_socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except OSError:
-            return False
-        return True
+            return
+    raise ConfigError(f"Another process listens on {path}. End it, or choose another address.")
 
 
 def serve(
@@ -114,7 +119,7 @@ def serve(
     ending = _Ending(drain_timeout_s)
     key = None
     if key_file is not None:
-        wire.parse_address(address, has_key=True)
+        parse_address(address, has_key=True)
         EngineKey.make(key_file)
         key = EngineKey.read(key_file)
     with contextlib.ExitStack() as cleanup:
@@ -125,7 +130,7 @@ def serve(
         take_usual_turns()  # Not what it has of a frontend that started it.
         with short_turns():  # ZeroMQ's threads begin with its first socket.
             socket = bind(context, address, key)
-        endpoint = wire.parse_address(address, has_key=key is not None)
+        endpoint = parse_address(address, has_key=key is not None)
         cleanup.callback(socket.close)
         cleanup.callback(_remove_socket_file, endpoint)
         reception = _Reception(socket)

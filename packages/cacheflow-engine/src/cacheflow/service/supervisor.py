@@ -20,7 +20,7 @@ import msgspec
 
 from cacheflow.config import EngineConfig
 from cacheflow.errors import EngineDeadError
-from cacheflow.service import wire
+from cacheflow.service.address import MAX_IPC_PATH_BYTES
 from cacheflow.service.client import EngineClient
 from cacheflow.service.process import Startup
 
@@ -55,7 +55,7 @@ class EngineProcess:
     async def start(cls, config: EngineConfig) -> EngineProcess:
         """Starts the process; `connect` waits until it is ready."""
         folder = tempfile.mkdtemp(prefix="cacheflow-")
-        if len(os.fsencode(folder)) > wire.MAX_IPC_PATH_BYTES - len("/engine.sock"):
+        if len(os.fsencode(folder)) > MAX_IPC_PATH_BYTES - len("/engine.sock"):
             os.rmdir(folder)
             folder = tempfile.mkdtemp(prefix="cacheflow-", dir="/tmp")
         self = cls(config, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cacheflow.errors import InvalidRequestError, RequestFailedError
+from cacheflow.errors import RequestFailedError
 from cacheflow.types import EmbeddingOutput, EngineRequest, RequestUpdate
 
 
@@ -15,11 +15,9 @@ def embedding_output(request: EngineRequest, update: RequestUpdate, prompt: str 
         InvalidRequestError: The engine refused the request.
         RequestFailedError: It failed, or was aborted.
     """
-    if update.error is not None and update.is_invalid:
-        raise InvalidRequestError(update.error)
     embedding = update.embedding
     if embedding is None:
-        raise RequestFailedError(update.error or f"The request {request.request_id} was aborted.")
+        raise update.exception() or RequestFailedError(f"The request {request.request_id} was aborted.")
     length = math.sqrt(sum(value * value for value in embedding)) if normalize else 1.0
     return EmbeddingOutput(
         request_id=request.request_id,

@@ -180,7 +180,7 @@ def _check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> No
 
 def _fit_params(info: ModelInfo, params: SamplingParams, num_prompt_tokens: int, seeds: random.Random | None) -> SamplingParams:
     if params.num_sequences > info.max_num_seqs:
-        name = "best_of" if params.num_sequences > params.n else "n"
+        name = params.sequences_field
         raise InvalidRequestError(
             f"{name} is {params.num_sequences}, but the engine runs at most {info.max_num_seqs} sequences at a time. "
             f"Ask for fewer, or start the engine with a larger --max-num-seqs.",

@@ -1,7 +1,4 @@
-"""What a user gives to the engine and gets back, and what the two sides of it say to each other.
-
-Plain frozen dataclasses, validated when they are made. This module knows no text processing, no torch and no sockets.
-"""
+"""How the tokens of a request are chosen, and what its text must be. Everything is checked when it is made."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from cacheflow.errors import InvalidRequestError, shown
 
@@ -30,11 +27,6 @@ MAX_REGEX_BYTES = 8_192
 MAX_SCHEMA_DEPTH = 64
 """Objects and arrays within each other in a JSON schema."""
 MAX_CHOICES = 1024
-
-FINISH_STOP = "stop"
-FINISH_LENGTH = "length"
-FINISH_ABORT = "abort"
-FINISH_ERROR = "error"
 
 
 def _check(name: str, value: Any, valid: bool, allowed: str) -> None:
@@ -232,6 +224,11 @@ class SamplingParams:
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def sequences_field(self) -> str:
+        """Which field says how many: "best_of" or "n"."""
+        return "n" if self.best_of is None else "best_of"
+
+    @property
     def is_greedy(self) -> bool:
         """Whether each token is the most likely one."""
         return self.temperature == 0.0
@@ -338,299 +335,3 @@ def sampling_texts() -> dict[str, str]:
     attributes = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     texts = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", attributes, re.DOTALL | re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in texts}
-
-
-Logprobs = dict[int, float]
-"""Token id to raw log probability (nats) at one position: the chosen token first, then the most likely ones, best first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionOutput:
-    """One generated sequence of a request.
-
-    Attributes:
-        index: Its rank among the request's outputs, from 0.
-        text: The generated text, without the prompt.
-        token_ids: The generated token ids, the token that ended it included.
-        cumulative_logprob: Sum of the raw log probabilities of `token_ids`, in nats.
-        logprobs: One entry per token id, or None when not asked for.
-        finish_reason: None while it runs; "stop" (end of text, stop string or stop token), "length", "abort" or "error".
-        stop_reason: The stop string, or the id of `stop_token_ids`, that ended it; None for an end-of-text token.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float
-    logprobs: list[Logprobs] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether no more tokens will come."""
-        return self.finish_reason is not None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestOutput:
-    """A request with all that has been generated for it so far.
-
-    Attributes:
-        request_id: The id that the request was added under.
-        prompt: Its text; None when it was given as token ids.
-        prompt_token_ids: The tokens the model saw.
-        outputs: The sequences. With beam search or `best_of` above `n` only the end shows which they are, and they come best
-            first.
-        finished: Whether this is the last output of the request.
-        prompt_logprobs: One entry per prompt token, None for the first; None when not asked for.
-        num_cached_tokens: Prompt tokens that were found in the prefix cache.
-        num_generated_tokens: Tokens of all sequences, those that `best_of` leaves out among them.
-        error: Why the request failed, or None.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    prompt_logprobs: list[Logprobs | None] | None = None
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
-    error: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingOutput:
-    """A prompt as a vector.
-
-    Attributes:
-        request_id: The id that the request was added under.
-        prompt: Its text; None when it was given as token ids.
-        prompt_token_ids: The tokens the model saw.
-        embedding: As many numbers as the model's hidden size.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    embedding: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResumedSequence:
-    """What a client has received of one sequence from an engine that died.
-
-    Attributes:
-        index: The sequence's number within its request.
-        token_ids: Its output so far, at least one token.
-        cumulative_logprob: Sum of the raw log probabilities of `token_ids`, in nats.
-        is_finished: Whether it has ended, or was aborted.
-    """
-
-    index: int
-    token_ids: list[int]
-    cumulative_logprob: float
-    is_finished: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineRequest:
-    """What a client hands to the engine: token ids and numbers, no text.
-
-    Attributes:
-        request_id: Unique among the client's unfinished requests.
-        client_id: Who asks: the `fair` policy shares between clients.
-        prompt_token_ids: At least one.
-        params: With `seed` set: the client draws one where the user gave none.
-        arrival_s: When it arrived, seconds since the epoch; kept when the request is sent again.
-        priority: Smaller is sooner, under the `priority` policy.
-        cache_salt: Requests share cached blocks only under equal salts.
-        resumed: Empty, or one entry for each of the request's sequences: the engine goes on behind their tokens. Everything
-            that depends on the output (limits, penalties, random numbers) goes on too. Beam search starts again instead.
-        task: "embed" gives one vector for the prompt and no token; most of `params` then means nothing.
-        pooling: What "embed" gives: the mean of the model's last hidden states over the prompt, or that of its last token.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    arrival_s: float
-    client_id: str = ""
-    priority: int = 0
-    cache_salt: str = ""
-    resumed: list[ResumedSequence] = field(default_factory=list)
-    task: Literal["generate", "embed"] = "generate"
-    pooling: Literal["mean", "last"] = "mean"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceUpdate:
-    """What one step added to one sequence.
-
-    Attributes:
-        index: The sequence's number within its request, from 0.
-        new_token_ids: The tokens added since the last update.
-        new_logprobs: One entry per new token, or None when not asked for.
-        cumulative_logprob: Sum of raw log probabilities of all its tokens, in nats.
-        finish_reason: None while it runs.
-        stop_reason: The id of `stop_token_ids` that ended it, or None.
-    """
-
-    index: int
-    new_token_ids: list[int]
-    cumulative_logprob: float
-    new_logprobs: list[Logprobs] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | None = None
-
-
-@dataclass(kw_only=True)
-class RequestUpdate:
-    """What one step added to one request. Beam search sends a single one, when it ends: its sequences, best first.
-
-    The scheduler fills it while it applies a step; once handed out it does not change.
-
-    Attributes:
-        request_id: The request.
-        client_id: Whose it is.
-        sequences: Those that changed.
-        finished: Whether the request has left the engine.
-        new_prompt_logprobs: Entries for the prompt tokens scored in this step (the first token's is None), or None.
-        num_cached_tokens: Prompt tokens found in the prefix cache.
-        embedding: The last and only update of a request whose task is "embed" has it: the pooled hidden states as they are.
-        error: Why it failed, or None.
-        is_invalid: The error is the request's own fault (an HTTP frontend answers 400), not the engine's.
-    """
-
-    request_id: str
-    sequences: list[SequenceUpdate]
-    finished: bool
-    new_prompt_logprobs: list[Logprobs | None] | None = None
-    num_cached_tokens: int = 0
-    client_id: str = ""
-    embedding: list[float] | None = None
-    error: str | None = None
-    is_invalid: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """A reading of the engine, taken between two steps.
-
-    Attributes:
-        num_running: Requests that hold blocks.
-        num_waiting: Requests that wait for a first or a further turn.
-        num_blocks: KV blocks in all.
-        num_free_blocks: Blocks that hold nothing worth keeping.
-        num_cached_blocks: Blocks that no request holds, kept for their content.
-        num_preemptions: Requests that lost their blocks, since the start.
-        num_prompt_tokens: Prompt tokens taken in, since the start.
-        num_generated_tokens: Tokens generated, since the start.
-        num_cached_tokens: Prompt tokens found in the prefix cache, since the start.
-        num_steps: Steps run, since the start.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_free_blocks: int
-    num_cached_blocks: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_cached_tokens: int
-    num_steps: int
-
-
-MAX_VIEWED_REQUESTS = 256
-"""Most requests of an `EngineView`."""
-BLOCK_FREE, BLOCK_CACHED, BLOCK_SHARED, BLOCK_OWNED = range(4)
-"""The kinds of block in an `EngineView`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestSummary:
-    """What an `EngineView` tells of a request.
-
-    Attributes:
-        request_id: The client's name for it.
-        client_id: Whose it is.
-        is_running: Whether it holds blocks.
-        num_prompt_tokens: Tokens of the prompt.
-        num_computed_tokens: Tokens of prompt and output that are in the cache, of the sequence with the most.
-        num_output_tokens: Generated so far, over all sequences.
-        num_sequences: Sequences that run, or will.
-        arrival_s: Seconds since the epoch.
-    """
-
-    request_id: str
-    client_id: str
-    is_running: bool
-    num_prompt_tokens: int
-    num_computed_tokens: int
-    num_output_tokens: int
-    num_sequences: int
-    arrival_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineView:
-    """Who holds which block of the engine, taken between two steps.
-
-    Attributes:
-        stats: The counts of the same moment.
-        requests: At most 256: running ones in their order, then the waiting ones that come up first.
-        blocks: One number per KV block: 0 free, 1 cached (no request holds it), 2 shared by several requests or sequences (or
-            held by one that `requests` has no place for), 3 + k held by `requests[k]` alone.
-    """
-
-    stats: EngineStats
-    requests: list[RequestSummary]
-    blocks: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerData:
-    """A tokenizer as data, so that a client needs no model files.
-
-    Attributes:
-        tokenizer_json: The `tokenizers` library's serialised form. Its own post-processor is not used: `add_bos` says it all.
-        chat_template: Jinja source, or None.
-        special_tokens: Names as the chat template uses them ("bos_token", "eos_token", …) to their text.
-        bos_token_id: Or None.
-        eos_token_ids: Those that end a text, the tokenizer's and the generation configuration's.
-        add_bos: Whether the BOS token goes before a text.
-    """
-
-    tokenizer_json: str
-    chat_template: str | None = None
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    bos_token_id: int | None = None
-    eos_token_ids: list[int] = field(default_factory=list)
-    add_bos: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """All that a client needs to know of the served model.
-
-    Attributes:
-        model: The name it was asked for under.
-        architecture: The model class's name in the `cacheflow.models` group.
-        dtype: Of the weights' arithmetic, such as "bfloat16".
-        vocab_size: Rows of the logits; a token id is below it.
-        max_model_len: Most tokens of prompt and output together.
-        max_num_seqs: Most sequences at a time, so the most of one request.
-        tokenizer: The tokenizer as data.
-        engine_version: Of the engine's distribution.
-    """
-
-    model: str
-    architecture: str
-    dtype: str
-    vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    tokenizer: TokenizerData
-    engine_version: str
