@@ -28,6 +28,7 @@ constexpr int KEYS = 256;       // keys of a prompt's block: prompts took 1 to 1
 constexpr int KEY_STRIDE = KEYS + 16;
 constexpr int TILE_ROWS = 384;  // query rows of a prompt's tile: 1 to 15 % less time than with 192
 constexpr int CHUNK_ROWS = 32;  // of them are worked on at once: two tiles of the matrix unit. Keys that none sees are skipped
+constexpr int MATRIX_KEYS = 64;
 // Keys of one work item of a decode; fixed, so that batches change no result. 16 sequences of 2,000 tokens (9/3 heads x 64, 30
 // layers), whose blocks lay anywhere, took 32.3 ms with 384 and 320, and 35.3 with 512, as what is asked for fills too much
 // of the second cache; in consecutive blocks 31.3, 31.4 and 31.7. 8,192 tokens of 8/8 x 128: 20.1, 20.0 and 20.5.

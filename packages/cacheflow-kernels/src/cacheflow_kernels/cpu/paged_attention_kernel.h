@@ -532,11 +532,22 @@ INLINE void locate_each(
 }
 
 #include "paged_decode_kernel.h"
+#if HAS_BF16_DOT
+#include "paged_prompt_kernel.h"
+#endif
 
 template <class T>
 void attend(
     const Batch& batch, const Layer& layer, const T* q, int64_t q_stride, const Cache& cache, const Item& item,
     int64_t kv_head, float* partial, T* out) {
+#if HAS_BF16_DOT
+    if constexpr (PAIRS<T>) {
+        if (has_matrix_unit()) {
+            attend_turned(batch, layer, q, q_stride, cache, item, kv_head, partial, out);
+            return;
+        }
+    }
+#endif
     const int64_t group = layer.num_heads / layer.num_kv_heads, rows = (item.last - item.first) * group;
     const int64_t head_size = layer.head_size, num_words = PAIRS<T> ? (head_size + 31) / 32 * 16 : head_size;
     const int64_t width = (head_size + LANES - 1) / LANES * LANES;

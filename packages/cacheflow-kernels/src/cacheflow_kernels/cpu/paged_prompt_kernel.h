@@ -1,0 +1,369 @@
+// Attention of a prompt's chunk on the matrix unit, included by paged_attention_kernel.h. All of it is turned: scores are
+// [keys, rows], keys as they lie times queries on their side, and so are results, values on their side times probabilities. A
+// vector then holds 16 rows' scores of one key: greatest scores, sums and factors are vectors, and nothing is added across one.
+//
+// 16 rows at a time meet a block of MATRIX_KEYS keys. While vectors turn their scores into probabilities, the unit multiplies
+// the probabilities of 32 keys before by values, and the queries of the next 16 rows by keys.
+
+constexpr int TILE_WORDS = 16 * 16;  // a tile of the matrix unit: 16 rows of 64 bytes
+constexpr int STEP_KEYS = 32;        // a tile of values or probabilities
+// A row's reference, which its scores are taken relative to, follows its greatest score only when that is 2^8 times as much:
+// results need not be multiplied by a factor for each new maximum, and floats lose nothing.
+constexpr float MAX_ABOVE_REFERENCE = 8;
+
+// Memory of one item, in tiles: each 16 rows of queries, keys and turned values lie as the unit reads them. Probabilities and
+// the scores of two times 16 rows are [keys, 16].
+struct TurnedTile {
+    uint32_t *queries, *keys, *values, *probabilities;
+    float *scores, *out, *references, *sums, *slopes;
+    int32_t* positions;
+};
+
+INLINE TurnedTile turned_tile_of(int64_t row_tiles, int64_t key_parts, int64_t value_tiles) {
+    const int64_t sizes[] = {row_tiles * key_parts * TILE_WORDS, MATRIX_KEYS / 16 * key_parts * TILE_WORDS,
+                             MATRIX_KEYS / STEP_KEYS * value_tiles * TILE_WORDS, MATRIX_KEYS / STEP_KEYS * TILE_WORDS,
+                             2 * MATRIX_KEYS * 16, row_tiles * value_tiles * TILE_WORDS, row_tiles * 16, row_tiles * 16,
+                             row_tiles * 16, row_tiles * 16};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    uint32_t* next = reinterpret_cast<uint32_t*>(scratch.of(4 * total));
+    uint32_t* parts[10];
+    for (int i = 0; i < 10; i++) parts[i] = next, next += sizes[i];
+    auto floats = [&](int i) { return reinterpret_cast<float*>(parts[i]); };
+    return {parts[0], parts[1], parts[2], parts[3], floats(4), floats(5), floats(6), floats(7), floats(8),
+            reinterpret_cast<int32_t*>(parts[9])};
+}
+
+// Keys as they lie, 16 keys times 32 elements a tile.
+INLINE void copy_keys(
+    const BFloat16* const* rows, const BFloat16* const* next, int64_t num_keys, int64_t head_size, int64_t key_parts,
+    uint32_t* tiles) {
+    for (int64_t key = 0; key < num_keys; key++) {
+        prefetch(next + key, 1, head_size);
+        uint32_t* to = tiles + key / 16 * key_parts * TILE_WORDS + key % 16 * 16;
+        for (int64_t part = 0; part < key_parts; part++) store_raw(to + part * TILE_WORDS, load_words(rows[key], 16 * part, head_size));
+    }
+}
+
+// Values on their side, 16 elements times 32 keys a tile.
+INLINE void turn_values(
+    const BFloat16* const* rows, const BFloat16* const* next, int64_t num_keys, int64_t head_size, int64_t value_tiles,
+    uint32_t* tiles) {
+    for (int64_t key = 0; key < num_keys; key += STEP_KEYS) {
+        prefetch(next + key, STEP_KEYS, head_size);
+        for (int64_t tile = 0; tile < value_tiles; tile += 2) {
+            Ints low[LANES], high[LANES];  // pairs of keys side by side, of elements 0 to 3, 8 to 11 ... and of the others
+#pragma GCC unroll 16
+            for (int pair = 0; pair < 16; pair++) {
+                const auto even = (__m512i)load_words(rows[key + 2 * pair], 8 * tile, head_size);
+                const auto odd = (__m512i)load_words(rows[key + 2 * pair + 1], 8 * tile, head_size);
+                low[pair] = (Ints)_mm512_unpacklo_epi16(even, odd);
+                high[pair] = (Ints)_mm512_unpackhi_epi16(even, odd);
+            }
+            transpose<1>(low);
+            transpose<1>(high);
+            uint32_t* to = tiles + (key / STEP_KEYS * value_tiles + tile) * TILE_WORDS;
+            const int64_t elements = 16 * std::min<int64_t>(2, value_tiles - tile);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                const int64_t element = i / 4 * 8 + i % 4;
+                if (element >= elements) break;
+                store_raw(to + element * 16, low[i]);
+                store_raw(to + (element + 4) * 16, high[i]);
+            }
+        }
+    }
+}
+
+// Queries on their side, 32 elements (pairs side by side) times 16 rows a tile; zeros behind the last row.
+INLINE void turn_queries(
+    const BFloat16* q, int64_t q_stride, int64_t group, int64_t head_size, int64_t rows, int64_t key_parts, uint32_t* tiles) {
+    for (int64_t first = 0; first < rows; first += 16, tiles += key_parts * TILE_WORDS) {
+        const BFloat16* from[16];
+        for (int64_t i = 0; i < 16; i++) {
+            const int64_t row = first + i;
+            from[i] = row < rows ? q + row / group * q_stride + row % group * head_size : reinterpret_cast<const BFloat16*>(ZEROS);
+        }
+        for (int64_t part = 0; part < key_parts; part++) {
+            Ints square[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) square[i] = load_words(from[i], 16 * part, head_size);
+            transpose<1>(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) store_raw(tiles + part * TILE_WORDS + i * 16, square[i]);
+        }
+    }
+}
+
+// What the unit does while vectors work, a quarter of a step at a time. Its tiles: 0 to 3 results, 4 scores, 5 the left operand,
+// 6 probabilities, 7 queries.
+struct Products {
+    const uint32_t *queries, *keys;  // of the 16 rows that come next; of the block
+    float* scores;
+    int64_t key_parts;
+    const uint32_t *values, *probabilities;
+    int64_t count, value_tiles;  // tiles of results: those that are multiplied, up to 4, and all
+};
+
+// Scores of 32 keys in four quarters: 16 keys times half of the elements each.
+template <int QUARTER>
+INLINE void multiply_keys(const Products& products, int64_t step) {
+    constexpr bool IS_SECOND_HALF = QUARTER % 2;
+    const int64_t parts = products.key_parts, half = (parts + 1) / 2;
+    const uint32_t* keys = products.keys + (2 * step + QUARTER / 2) * parts * TILE_WORDS;
+    if (!IS_SECOND_HALF) _tile_zero(4);
+    for (int64_t part = IS_SECOND_HALF ? half : 0; part < (IS_SECOND_HALF ? parts : half); part++) {
+        _tile_loadd(7, products.queries + part * TILE_WORDS, 64);
+        _tile_loadd(5, keys + part * TILE_WORDS, 64);
+        _tile_dpbf16ps(4, 5, 7);
+    }
+    if (IS_SECOND_HALF) _tile_stored(4, products.scores + (2 * step + QUARTER / 2) * TILE_WORDS, 64);
+}
+
+// Values of 32 keys in four quarters: 16 elements each.
+template <int QUARTER>
+INLINE void multiply_values(const Products& products, int64_t step) {
+    if (QUARTER == 0) _tile_loadd(6, products.probabilities + step * TILE_WORDS, 64);
+    if (QUARTER >= products.count) return;
+    _tile_loadd(5, products.values + (step * products.value_tiles + QUARTER) * TILE_WORDS, 64);
+    if (QUARTER == 0) _tile_dpbf16ps(0, 5, 6);
+    if (QUARTER == 1) _tile_dpbf16ps(1, 5, 6);
+    if (QUARTER == 2) _tile_dpbf16ps(2, 5, 6);
+    if (QUARTER == 3) _tile_dpbf16ps(3, 5, 6);
+}
+
+INLINE void begin_results(const Products& products, const float* out, bool is_fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (is_fresh) return;
+    _tile_loadd(0, out, 64);
+    if (products.count > 1) _tile_loadd(1, out + TILE_WORDS, 64);
+    if (products.count > 2) _tile_loadd(2, out + 2 * TILE_WORDS, 64);
+    if (products.count > 3) _tile_loadd(3, out + 3 * TILE_WORDS, 64);
+}
+
+INLINE void store_results(const Products& products, float* out) {
+    _tile_stored(0, out, 64);
+    if (products.count > 1) _tile_stored(1, out + TILE_WORDS, 64);
+    if (products.count > 2) _tile_stored(2, out + 2 * TILE_WORDS, 64);
+    if (products.count > 3) _tile_stored(3, out + 3 * TILE_WORDS, 64);
+}
+
+// Two to the power of x, and half of the last digit that a bfloat16 of it has: where the other digits are cut off, it is
+// rounded. The same cubic as in `power`.
+INLINE Floats power_to_cut(Floats x) {
+    const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Floats y = splat(0.07802452f) * f + 0.22606716f;
+    y = y * f + 0.69583353f;
+    y = y * f + (0.99992522f + 0x1p-8f);
+    return (Floats)_mm512_scalef_ps((__m512)y, (__m512)x);
+}
+
+// Probabilities of a quarter of a step: pairs of keys side by side, as the unit reads them.
+INLINE void soften_quarter(
+    const float* scores, uint32_t* probabilities, float scale, Floats reference, Floats& sum, Floats& also) {
+    const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; pair++) {
+        const Floats even = power_to_cut(load_raw<Floats>(scores + 32 * pair) * scale - reference);
+        const Floats odd = power_to_cut(load_raw<Floats>(scores + 32 * pair + 16) * scale - reference);
+        const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)even, 16), (__m512i)odd);
+        store_raw(probabilities + 16 * pair, both);
+        Floats& to = pair % 2 ? also : sum;
+        to = (Floats)_mm512_dpbf16_ps((__m512)to, (__m512bh)both, ones);
+    }
+}
+
+// Scores of 16 rows with cap and slopes, in exponents of 2; those that are hidden, minus infinity; and the rows' greatest.
+INLINE Floats look_over(
+    const Layer& layer, float* scores, int64_t num_keys, int64_t begin, Ints positions, Floats slopes, float& scale) {
+    const int64_t first_position = positions[0], last_position = positions[15];
+    scale = layer.scale * LOG2_E;
+    if (layer.soft_cap || layer.alibi_slopes || scale <= 0) {
+        for (int64_t key = 0; key < num_keys; key++) {
+            Floats score = load_raw<Floats>(scores + 16 * key) * layer.scale;
+            if (layer.soft_cap) score = bent(score, layer.soft_cap);
+            if (layer.alibi_slopes) score += slopes * __builtin_convertvector(int32_t(begin + key) - positions, Floats);
+            store_raw(scores + 16 * key, score * LOG2_E);
+        }
+        scale = 1;
+    }
+    Floats largest[4];
+    for (Floats& each : largest) each = splat(-INFINITY);
+    for (int64_t step = 0; step < num_keys; step += STEP_KEYS) {
+        const bool is_late = begin + step + STEP_KEYS - 1 > first_position;
+        const bool is_early = layer.window && begin + step <= last_position - layer.window;
+        if (is_late || is_early) {
+            for (int64_t key = step; key < step + STEP_KEYS; key++) {
+                Ints is_visible = positions >= int32_t(begin + key);
+                if (is_early) is_visible &= positions - int32_t(layer.window) < int32_t(begin + key);
+                store_raw(scores + 16 * key, is_visible ? load_raw<Floats>(scores + 16 * key) : splat(-INFINITY));
+            }
+        }
+#pragma GCC unroll 32
+        for (int64_t i = 0; i < STEP_KEYS; i++)
+            largest[i % 4] = larger(largest[i % 4], load_raw<Floats>(scores + 16 * (step + i)));
+    }
+    return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])) * scale;
+}
+
+// Results of 16 rows: divided by their sums, turned and rounded, 32 elements at a time.
+INLINE void write_rows(
+    const float* results, Floats sums, int64_t value_tiles, int64_t head_size, int64_t first_row, int64_t rows, int64_t group,
+    int64_t stride, BFloat16* out) {
+    const Floats factors = 1.0f / sums;
+    typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
+    Halves pairs;  // of elements side by side
+    for (int i = 0; i < 2 * LANES; i++) pairs[i] = i / 2 + (i & 1) * LANES;
+    for (int64_t tile = 0; tile < value_tiles; tile += 2, results += 2 * TILE_WORDS) {
+        Ints square[LANES];
+        const bool is_whole = tile + 1 < value_tiles;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            if (i >= 8 && !is_whole) {
+                square[i] = Ints{};
+                continue;
+            }
+            const auto even = load_raw<Floats>(results + 32 * i) * factors, odd = load_raw<Floats>(results + 32 * i + 16) * factors;
+            const auto both = (Halves)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+            square[i] = (Ints)__builtin_shuffle(both, pairs);
+        }
+        transpose<1>(square);
+        const int64_t count = std::min<int64_t>(32, head_size - 16 * tile);
+        const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const int64_t row = first_row + i;
+            if (row < rows)
+                _mm512_mask_storeu_epi16(out + row / group * stride + row % group * head_size + 16 * tile, mask, (__m512i)square[i]);
+        }
+    }
+}
+
+INLINE void attend_turned(
+    const Batch& batch, const Layer& layer, const BFloat16* q, int64_t q_stride, const Cache& cache, const Item& item,
+    int64_t kv_head, float* partial, BFloat16* out) {
+    const int64_t group = layer.num_heads / layer.num_kv_heads, rows = (item.last - item.first) * group;
+    const int64_t head_size = layer.head_size, key_parts = (head_size + 31) / 32, value_tiles = (head_size + 15) / 16;
+    const int64_t row_tiles = (rows + 15) / 16;
+    const int64_t token = batch.query_start_loc[item.seq] + item.first, first_head = kv_head * group;
+    const int64_t num_queries = batch.query_start_loc[item.seq + 1] - batch.query_start_loc[item.seq];
+    const int64_t position = batch.seq_lens[item.seq] - num_queries + item.first;
+    const TurnedTile tile = turned_tile_of(row_tiles, key_parts, value_tiles);
+    turn_queries(q + token * q_stride + first_head * head_size, q_stride, group, head_size, rows, key_parts, tile.queries);
+    for (int64_t i = 0; i < 16 * row_tiles; i++) {
+        const int64_t row = std::min(i, rows - 1);
+        tile.positions[i] = position + row / group;
+        tile.slopes[i] = layer.alibi_slopes ? layer.alibi_slopes[first_head + row % group] : 0.0f;
+        tile.references[i] = -INFINITY;
+        tile.sums[i] = 0;
+    }
+    const BFloat16 *keys[2][MATRIX_KEYS], *values[2][MATRIX_KEYS];
+    locate_each(batch, layer, cache, item.seq, kv_head, item.key_begin, item.key_end, MATRIX_KEYS, keys[0], values[0]);
+    take_matrices();
+    for (int64_t begin = item.key_begin, now = 0; begin < item.key_end; begin += MATRIX_KEYS, now ^= 1) {
+        const int64_t next = now ^ 1, end = begin + MATRIX_KEYS;
+        locate_each(batch, layer, cache, item.seq, kv_head, end, item.key_end, MATRIX_KEYS, keys[next], values[next]);
+        const int64_t num_steps = (std::min<int64_t>(MATRIX_KEYS, item.key_end - begin) + STEP_KEYS - 1) / STEP_KEYS;
+        copy_keys(keys[now], keys[next], num_steps * STEP_KEYS, head_size, key_parts, tile.keys);
+        turn_values(values[now], values[next], num_steps * STEP_KEYS, head_size, value_tiles, tile.values);
+        // Steps that 16 rows see of the block: up to the last one's position.
+        const auto steps_of = [&](int64_t i) {
+            if (i >= row_tiles || first_visible(tile.positions[16 * i], layer.window) >= end) return int64_t(0);
+            const int64_t seen = tile.positions[16 * i + 15] + 1 - begin;
+            return seen <= 0 ? int64_t(0) : std::min(num_steps, (seen + STEP_KEYS - 1) / STEP_KEYS);
+        };
+        int64_t first = 0;
+        while (first < row_tiles && !steps_of(first)) first++;
+        Products products{tile.queries + first * key_parts * TILE_WORDS, tile.keys, tile.scores, key_parts,
+                          tile.values, tile.probabilities, std::min<int64_t>(4, value_tiles), value_tiles};
+        asm volatile("" : : : "memory");  // nor does gcc know that tiles are loaded from memory
+        int64_t steps = steps_of(first);
+        for (int64_t step = 0; step < steps; step++) {
+            multiply_keys<0>(products, step);
+            multiply_keys<1>(products, step);
+            multiply_keys<2>(products, step);
+            multiply_keys<3>(products, step);
+        }
+        for (int64_t i = first, next_steps; steps; i++, steps = next_steps) {
+            next_steps = steps_of(i + 1);
+            float* scores = products.scores;
+            products.queries += key_parts * TILE_WORDS;
+            products.scores = scores == tile.scores ? tile.scores + MATRIX_KEYS * 16 : tile.scores;
+            float* results = tile.out + i * value_tiles * TILE_WORDS;
+            asm volatile("" : : : "memory");
+            float scale;
+            const Floats largest = look_over(
+                layer, scores, steps * STEP_KEYS, begin, load_raw<Ints>(tile.positions + 16 * i),
+                load_raw<Floats>(tile.slopes + 16 * i), scale);
+            Floats reference = load_raw<Floats>(tile.references + 16 * i), sum = load_raw<Floats>(tile.sums + 16 * i);
+            // The first row sees the earliest keys: it has a reference as soon as the others.
+            const bool is_fresh = reference[0] == -INFINITY;
+            const Ints is_above = largest > reference + MAX_ABOVE_REFERENCE;
+            if (bits_of(is_above)) {
+                const Floats before = reference;
+                reference = is_above ? largest : before;
+                store_raw(tile.references + 16 * i, reference);
+                if (!is_fresh) {
+                    const Floats factor = is_above ? power<BFloat16>(before - reference) : splat(1.0f);
+                    sum *= factor;
+                    for (int64_t j = 0; j < value_tiles * TILE_WORDS; j += 16)
+                        store_raw(results + j, load_raw<Floats>(results + j) * factor);
+                }
+            }
+            // Nothing visible so far: any finite reference turns the hidden keys into zeros.
+            reference = reference == -INFINITY ? Floats{} : reference;
+            Floats also{};
+            asm volatile("" : : : "memory");
+            begin_results(products, results, is_fresh);
+            const auto quarter = [&](int64_t step, auto which) __attribute__((always_inline)) {
+                constexpr int QUARTER = decltype(which)::value;
+                if (step < next_steps) multiply_keys<QUARTER>(products, step);
+                if (step > 0 && step <= steps) multiply_values<QUARTER>(products, step - 1);
+                if (step < steps)
+                    soften_quarter(
+                        scores + (32 * step + 8 * QUARTER) * 16, tile.probabilities + (16 * step + 4 * QUARTER) * 16, scale,
+                        reference, sum, also);
+                asm volatile("" : : : "memory");
+            };
+            for (int64_t step = 0; step < std::max(steps + 1, next_steps); step++) {
+                quarter(step, std::integral_constant<int, 0>{});
+                quarter(step, std::integral_constant<int, 1>{});
+                quarter(step, std::integral_constant<int, 2>{});
+                quarter(step, std::integral_constant<int, 3>{});
+            }
+            store_results(products, results);
+            store_raw(tile.sums + 16 * i, sum + also);
+            for (int64_t done = 4; done < value_tiles; done += 4) {
+                Products others = products;
+                others.values += done * TILE_WORDS;
+                others.count = std::min<int64_t>(4, value_tiles - done);
+                begin_results(others, results + done * TILE_WORDS, is_fresh);
+                for (int64_t step = 0; step < steps; step++) {
+                    multiply_values<0>(others, step);
+                    multiply_values<1>(others, step);
+                    multiply_values<2>(others, step);
+                    multiply_values<3>(others, step);
+                }
+                store_results(others, results + done * TILE_WORDS);
+            }
+        }
+        asm volatile("" : : : "memory");
+    }
+    for (int64_t i = 0; i < row_tiles; i++) {
+        const float* results = tile.out + i * value_tiles * TILE_WORDS;
+        if (!partial) {
+            write_rows(
+                results, load_raw<Floats>(tile.sums + 16 * i), value_tiles, head_size, 16 * i, rows, group,
+                layer.num_heads * head_size, out + (token * layer.num_heads + first_head) * head_size);
+            continue;
+        }
+        for (int64_t row = 16 * i; row < std::min(rows, 16 * i + 16); row++) {
+            float result[MAX_HEAD_SIZE];
+            for (int64_t element = 0; element < head_size; element++) result[element] = results[element * 16 + row % 16];
+            finish(layer, result, tile.references[row], tile.sums[row], token + row / group, first_head + row % group, partial, out);
+        }
+    }
+}
