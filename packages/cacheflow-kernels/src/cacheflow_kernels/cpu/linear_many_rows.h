@@ -153,10 +153,9 @@ struct Cut {
     int64_t lines, num_spans, begin, end;
 
     // The whole block along k if it fits the second cache.
-    Cut(const Linear& l, int64_t rows)
+    Cut(const Linear& l, int64_t rows, const Team& team)
         : l(l), lines(lines_of(l)), num_spans(divided_up(lines * rows * LINE, BLOCK_BYTES)),
-          begin(l.num_panels * omp_get_thread_num() / omp_get_num_threads()),
-          end(l.num_panels * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
+          begin(l.num_panels * team.index / team.size), end(l.num_panels * (team.index + 1) / team.size) {}
 
     int64_t first_line(int64_t span) const { return lines * span / num_spans; }
 
@@ -175,10 +174,10 @@ struct Cut {
 
 // The block times a thread's share of the panels. Meanwhile it asks for what follows, in the end for `following`.
 template <class T, bool IS_INTEGER, bool IS_GATED>
-static void multiply_panels(const Block& b, const Piece& following) {
+static void multiply_panels(const Block& b, const Team& team, const Piece& following) {
     const Linear& l = b.l;
     constexpr int64_t COLUMNS = IS_GATED ? PANEL / 2 : PANEL, TILE_SUMS = TILE_ROWS * PANEL;
-    const Cut cut(l, b.rows);
+    const Cut cut(l, b.rows, team);
     const int64_t num_tiles = divided_up(b.rows, TILE_ROWS), lines = cut.lines, num_spans = cut.num_spans, begin = cut.begin;
     const bool has_parts = lines > PART_LINES || num_spans > 1;
     // A tile's and the next one's; of all tiles where they are parts; of all panels, too, where those come in spans.
@@ -229,14 +228,14 @@ static void multiply_panels(const Block& b, const Piece& following) {
     unfinished.finish(TILE_ROWS);
 }
 
-static void multiply_share(const Block& b, const Piece& following = {}) {
+static void multiply_share(const Block& b, const Team& team, const Piece& following = {}) {
     const bool is_gated = b.l.is_gated;
     if (b.l.form != DYNAMIC_INT8)
-        (is_gated ? multiply_panels<BFloat16, false, true> : multiply_panels<BFloat16, false, false>)(b, following);
+        (is_gated ? multiply_panels<BFloat16, false, true> : multiply_panels<BFloat16, false, false>)(b, team, following);
     else if (b.l.is_bfloat16)
-        (is_gated ? multiply_panels<BFloat16, true, true> : multiply_panels<BFloat16, true, false>)(b, following);
+        (is_gated ? multiply_panels<BFloat16, true, true> : multiply_panels<BFloat16, true, false>)(b, team, following);
     else
-        (is_gated ? multiply_panels<float, true, true> : multiply_panels<float, true, false>)(b, following);
+        (is_gated ? multiply_panels<float, true, true> : multiply_panels<float, true, false>)(b, team, following);
 }
 
 // Rows of equal blocks of so many lines a row.
@@ -253,19 +252,19 @@ static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t
     float* row_scales = (float*)scale_memory.get(at_once * 4);
 #pragma omp parallel num_threads((int)num_threads)
     {
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
         amx::begin(UNIT_ROWS);
         for (int64_t first = 0; first < rows; first += at_once) {
             const Block block{l, tiles, std::min(at_once, rows - first), row_scales, {}};
             // Meanwhile for the panel that comes first.
-            const int64_t begin = block.rows * thread / threads, end = block.rows * (thread + 1) / threads;
-            Fetching fetching(Cut(l, block.rows).start(), end - begin);
+            const int64_t begin = block.rows * team.index / team.size, end = block.rows * (team.index + 1) / team.size;
+            Fetching fetching(Cut(l, block.rows, team).start(), end - begin);
             for (int64_t row = begin; row < end; row++) {
                 fetching.go_on();
                 copy_row(block, x + (first + row) * x_bytes, row);
             }
 #pragma omp barrier
-            then(block, first);
+            then(block, first, team);
 #pragma omp barrier
         }
         amx::end();
@@ -275,9 +274,9 @@ static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t
 // As cf_linear, for PLAIN_BFLOAT16 and DYNAMIC_INT8.
 static void multiply(const Linear& l, const void* x, int64_t rows, int64_t x_bytes, void* out, int64_t num_threads) {
     const int64_t row_bytes = l.out_features * (l.is_bfloat16 ? 2 : 4);
-    for_each_block(l, (const char*)x, rows, x_bytes, num_threads, [&](Block block, int64_t first) {
+    for_each_block(l, (const char*)x, rows, x_bytes, num_threads, [&](Block block, int64_t first, const Team& team) {
         block.results = {(char*)out + first * row_bytes, row_bytes};
-        multiply_share(block);
+        multiply_share(block, team);
     });
 }
 
@@ -287,21 +286,48 @@ static bool can_be_one(const Linear& gate_up, const Linear& down) {
            down.in_features * 2 % LINE == 0;
 }
 
+static int64_t inner_bytes(const Linear& gate_up, const Linear& down, int64_t rows) {
+    return block_rows(rows, lines_of(gate_up)) * lines_of(down) * LINE;
+}
+
+// A thread's panels of gate_up times a block, whose result stays in tiles, and of down times that.
+static void multiply_both_share(
+    Block block, const Linear& down, char* inner, int64_t first, char* out, const Team& team) {
+    const int64_t lines = lines_of(down), row_bytes = down.out_features * 2, at_once = block_rows(block.rows, lines);
+    block.results = {inner, LINE, lines};
+    multiply_share(block, team, Cut(down, std::min(block.rows, at_once), team).start());
+    team.wait();
+    for (int64_t row = 0; row < block.rows; row += at_once)
+        multiply_share(
+            {down, Tiles{inner, lines}.from(row), std::min(at_once, block.rows - row), nullptr,
+             {out + (first + row) * row_bytes, row_bytes}}, team);
+}
+
 // Both products; what lies between stays in tiles.
 static void multiply_both(
     const Linear& gate_up, const Linear& down, const void* x, int64_t rows, int64_t x_bytes, void* out, int64_t num_threads) {
-    const int64_t lines = lines_of(down), row_bytes = down.out_features * 2;
-    const Tiles inner{inner_memory.get(block_rows(rows, lines_of(gate_up)) * lines * LINE), lines};
-    for_each_block(gate_up, (const char*)x, rows, x_bytes, num_threads, [&](Block block, int64_t first) {
-        const int64_t at_once = block_rows(block.rows, lines);
-        block.results = {inner.memory, LINE, lines};
-        multiply_share(block, Cut(down, std::min(block.rows, at_once)).start());
-#pragma omp barrier
-        for (int64_t row = 0; row < block.rows; row += at_once)
-            multiply_share(
-                {down, inner.from(row), std::min(at_once, block.rows - row), nullptr,
-                 {(char*)out + (first + row) * row_bytes, row_bytes}});
+    char* inner = inner_memory.get(inner_bytes(gate_up, down, rows));
+    for_each_block(gate_up, (const char*)x, rows, x_bytes, num_threads, [&](const Block& block, int64_t first, const Team& team) {
+        multiply_both_share(block, down, inner, first, (char*)out, team);
     });
+}
+
+// Calls then(block) for each block of rows of x, once this thread has them in tiles of its own.
+template <class Then>
+static void for_each_own_block(const Linear& l, const Rows& x, int64_t rows, const Team& team, const Then& then) {
+    const int64_t lines = lines_of(l), at_once = block_rows(rows, lines);
+    const Tiles tiles{tile_memory.get(at_once * lines * LINE), lines};
+    amx::begin(UNIT_ROWS);
+    for (int64_t first = 0; first < rows; first += at_once) {
+        const Block block{l, tiles, std::min(at_once, rows - first), nullptr, {}};
+        Fetching fetching(Cut(l, block.rows, team).start(), block.rows);
+        for (int64_t row = 0; row < block.rows; row++) {
+            fetching.go_on();
+            copy_row(block, x.at(first + row), row);
+        }
+        then(block, first);
+    }
+    amx::end();
 }
 
 }  // namespace many_rows
