@@ -322,3 +322,30 @@ extern "C" void cf_linear_twice(
     cf_linear(gate_up, x, rows, stride, inner, num_threads);
     cf_linear(down, inner, rows, down->in_features, out, num_threads);
 }
+
+bool shared_products::exist(const Linear& l) { return has_matrix_unit() && l.form == PLAIN_BFLOAT16 && l.is_bfloat16; }
+
+bool shared_products::exist(const Linear& gate_up, const Linear& down) {
+    return has_matrix_unit() && many_rows::can_be_one(gate_up, down);
+}
+
+char* shared_products::inner_memory(const Linear& gate_up, const Linear& down, int64_t rows) {
+    return many_rows::inner_memory.get(many_rows::inner_bytes(gate_up, down, rows));
+}
+
+void shared_products::multiply(const Linear& l, const Rows& x, int64_t rows, void* out, const Team& team) {
+    const int64_t row_bytes = l.out_features * 2;
+    many_rows::for_each_own_block(l, x, rows, team, [&](many_rows::Block block, int64_t first) {
+        block.results = {(char*)out + first * row_bytes, row_bytes};
+        many_rows::multiply_share(block, team);
+    });
+}
+
+void shared_products::multiply_both(
+    const Linear& gate_up, const Linear& down, const Rows& x, int64_t rows, char* inner, void* out, const Team& team) {
+    many_rows::for_each_own_block(gate_up, x, rows, team, [&](const many_rows::Block& block, int64_t first) {
+        many_rows::multiply_both_share(block, down, inner, first, (char*)out, team);
+        // The next block's rows lie in the same memory.
+        if (first + block.rows < rows) team.wait();
+    });
+}

@@ -39,6 +39,45 @@ struct Linear {
     int32_t is_gated;      // a panel holds 16 gates and the 16 ups that belong to them; the result is silu(gate) * up
 };
 
+// The threads that share out a product's panels: which of them calls, and how many there are.
+struct Team {
+    int64_t index, size;
+
+    void wait() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+};
+
+// Rows of activations: at(row) is one of them, until the thread asks for another.
+struct Rows {
+    const void* (*at_row)(const void* source, int64_t row);
+    const void* source;
+
+    const char* at(int64_t row) const { return (const char*)at_row(source, row); }
+};
+
+// Products for threads that are in a team already. Each lays out all rows for itself, so that it waits for nobody before it
+// multiplies, and no row comes from another core's cache then.
+namespace shared_products {
+
+// Whether there are such products.
+bool exist(const Linear& l);
+bool exist(const Linear& gate_up, const Linear& down);
+
+// A thread's columns of the product: out [rows][out_features].
+void multiply(const Linear& l, const Rows& x, int64_t rows, void* out, const Team& team);
+
+// Memory of the calling thread for the rows between gate_up and down, which the team shares.
+char* inner_memory(const Linear& gate_up, const Linear& down, int64_t rows);
+
+// Its columns of both products, of down times (gate_up times x).
+void multiply_both(
+    const Linear& gate_up, const Linear& down, const Rows& x, int64_t rows, char* inner, void* out, const Team& team);
+
+}  // namespace shared_products
+
 // Of the padded k.
 static inline int64_t num_groups(const Linear& l) {
     return (2 * padded_items(l.in_features, 2) + l.group_size - 1) / l.group_size;

@@ -22,6 +22,12 @@ extern "C" void cf_fused_add_rms_norm(
     CALL_AT_LEVEL(fused_add_rms_norm, dtype, x, x_stride, residual, residual_stride, weight, num_rows, size, eps)
 }
 
+// Of one row, by the calling thread: residual becomes x + residual, unless x is null, and out its norm.
+extern "C" void cf_add_rms_norm_row(
+    const void* x, void* residual, const void* weight, void* out, int64_t size, float eps, int32_t dtype) {
+    CALL_AT_LEVEL(add_rms_norm_row, dtype, x, residual, weight, out, size, eps)
+}
+
 #else
 
 template <class T>
@@ -49,19 +55,29 @@ static void rms_norm(
 }
 
 template <class T>
+static void add_rms_norm_row(const void* x, void* residual, const void* weight, void* out, int64_t size, float eps) {
+    const T* added = static_cast<const T*>(x);
+    T* total = static_cast<T*>(residual);
+    Floats squares{};
+    for (int64_t i = 0; i < size; i += LANES) {
+        Floats values = load(total + i, size - i);
+        if (added) {
+            values = rounded_to<T>(load(added + i, size - i) + values);
+            store(total + i, values, size - i);
+        }
+        squares += values * values;
+    }
+    scale_row(total, static_cast<const T*>(weight), static_cast<T*>(out), size, squares, eps);
+}
+
+template <class T>
 static void fused_add_rms_norm(
     void* x, int64_t x_stride, void* residual, int64_t residual_stride, const void* weight, int64_t num_rows, int64_t size,
     float eps) {
 #pragma omp parallel for schedule(static) if (num_rows * size >= MIN_PARALLEL)
     for (int64_t row = 0; row < num_rows; row++) {
-        T *normed = static_cast<T*>(x) + row * x_stride, *total = static_cast<T*>(residual) + row * residual_stride;
-        Floats squares{};
-        for (int64_t i = 0; i < size; i += LANES) {
-            const Floats values = rounded_to<T>(load(normed + i, size - i) + load(total + i, size - i));
-            store(total + i, values, size - i);
-            squares += values * values;
-        }
-        scale_row(total, static_cast<const T*>(weight), normed, size, squares, eps);
+        T* normed = static_cast<T*>(x) + row * x_stride;
+        add_rms_norm_row<T>(normed, static_cast<T*>(residual) + row * residual_stride, weight, normed, size, eps);
     }
 }
 
