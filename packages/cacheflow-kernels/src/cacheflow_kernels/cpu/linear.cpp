@@ -17,7 +17,9 @@
 #define SOURCE "linear_kernel.h"
 #include "each_level.h"
 #include "linear_matrix_unit.h"
+#include "linear_round_rows.h"
 #include "linear_many_rows.h"
+#include "linear_many_bytes.h"
 
 namespace {
 
@@ -98,6 +100,15 @@ struct Product {
             written = k * 4;
         }
         memset(to + written, 0, items * 4 - written);
+    }
+
+    // Whether the matrix unit turns rows while they are rounded: all rows of a type, or their bits would differ.
+    bool is_rounded_by_unit() const { return !tiles && l.form == DYNAMIC_INT8 && l.is_bfloat16; }
+
+    void round_rows(int64_t first, int64_t count, int32_t* activations) const {
+        amx::round_rows<avx512bf16::BYTE_OFFSET>(
+            {x + first * stride_bytes, stride_bytes, 64}, count, l.in_features, (uint8_t*)(activations + first * stride), stride * 4, 64,
+            row_scales + first);
     }
 
     void sum_row(int64_t row) const {
@@ -279,19 +290,24 @@ extern "C" void cf_linear(
     const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / (product.tile_rows * product.items * 4));
     // Below that, starting the other threads takes longer than they save.
     const bool is_large = rows * k * l.num_panels * PANEL >= 1 << 17;
+    // Threads get rows in pieces of 16 if the matrix unit rounds them.
+    const int64_t at_once = product.is_rounded_by_unit() ? amx::UNIT_ROWS : 1;
     const auto prepare = [&](int64_t row) {
-        if (copy) product.copy_row(row, copy);
+        if (product.is_rounded_by_unit())
+            product.round_rows(row, std::min(at_once, rows - row), copy);
+        else if (copy)
+            product.copy_row(row, copy);
         if (product.sums_groups()) product.sum_row(row);
     };
     // A single tile's rows are copied sooner than threads can wait for each other; rounding them to bytes takes longer.
     const bool is_shared = product.num_tiles > 1 || (l.form == DYNAMIC_INT8 && rows >= MIN_SHARED_ROWS);
     if (!is_shared)
-        for (int64_t row = 0; row < rows; row++) prepare(row);
+        for (int64_t row = 0; row < rows; row += at_once) prepare(row);
 #pragma omp parallel num_threads(is_large ? (int)num_threads : 1)
     {
         if (is_shared && (copy || product.row_sums)) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) prepare(row);
+            for (int64_t row = 0; row < rows; row += at_once) prepare(row);
         }
         if (!product.tiles) amx::begin(product.is_streamed() ? product.streamed_height() : std::min(rows, product.tile_rows));
         // For those rows that vectors multiply in its place.

@@ -32,6 +32,10 @@ static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 static int64_t lines_of(const Linear& l) { return divided_up(l.in_features * (l.form == DYNAMIC_INT8 ? 1 : 2), LINE); }
 
+// Whether two panels fit the first cache, so that 16 rows meet both at once. Down of SmolLM2-135M (k = 1,536), in three parts, was
+// slower so.
+static bool has_pairs(const Linear& l) { return l.form == DYNAMIC_INT8 && l.is_bfloat16 && 2 * lines_of(l) <= PART_LINES; }
+
 // Rows as the unit reads them: [rows / 16][lines][16][64].
 struct Tiles {
     char* memory;
@@ -80,6 +84,14 @@ static void copy_row(const Block& b, const char* x, int64_t row) {
         const __mmask64 exist = left >= LINE ? ~(__mmask64)0 : left > 0 ? ((__mmask64)1 << left) - 1 : 0;
         _mm512_store_si512(to, _mm512_maskz_loadu_epi8(exist, x + at));
     }
+}
+
+// Writes up to 16 rows of the block, from `row`.
+static void copy_rows(const Block& b, const char* x, int64_t x_bytes, int64_t row, int64_t rows) {
+    if (b.l.form == DYNAMIC_INT8 && b.l.is_bfloat16)
+        return (has_pairs(b.l) ? amx::round_rows<0> : amx::round_rows<avx512bf16::BYTE_OFFSET>)(
+            {x, x_bytes, LINE}, rows, b.l.in_features, (uint8_t*)b.tiles.unit(row, 0), LINE, UNIT, b.row_scales + row);
+    for (int64_t i = 0; i < rows; i++) copy_row(b, x + i * x_bytes, row + i);
 }
 
 // Weights that a thread reads one after the other.
@@ -228,10 +240,15 @@ static void multiply_panels(const Block& b, const Team& team, const Piece& follo
     unfinished.finish(TILE_ROWS);
 }
 
+// As multiply_panels, of signed bytes, where has_pairs: in linear_many_bytes.h.
+static void multiply_pairs(const Block& b, const Team& team, const Piece& following);
+
 static void multiply_share(const Block& b, const Team& team, const Piece& following = {}) {
     const bool is_gated = b.l.is_gated;
     if (b.l.form != DYNAMIC_INT8)
         (is_gated ? multiply_panels<BFloat16, false, true> : multiply_panels<BFloat16, false, false>)(b, team, following);
+    else if (has_pairs(b.l))
+        multiply_pairs(b, team, following);
     else if (b.l.is_bfloat16)
         (is_gated ? multiply_panels<BFloat16, true, true> : multiply_panels<BFloat16, true, false>)(b, team, following);
     else
@@ -253,17 +270,18 @@ static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t
 #pragma omp parallel num_threads((int)num_threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
-        amx::begin(UNIT_ROWS);
         for (int64_t first = 0; first < rows; first += at_once) {
             const Block block{l, tiles, std::min(at_once, rows - first), row_scales, {}};
             // Meanwhile for the panel that comes first.
-            const int64_t begin = block.rows * team.index / team.size, end = block.rows * (team.index + 1) / team.size;
+            const int64_t units = divided_up(block.rows, UNIT_ROWS);
+            const int64_t begin = units * team.index / team.size, end = units * (team.index + 1) / team.size;
             Fetching fetching(Cut(l, block.rows, team).start(), end - begin);
-            for (int64_t row = begin; row < end; row++) {
+            for (int64_t row = begin * UNIT_ROWS; row < end * UNIT_ROWS; row += UNIT_ROWS) {
                 fetching.go_on();
-                copy_row(block, x + (first + row) * x_bytes, row);
+                copy_rows(block, x + (first + row) * x_bytes, x_bytes, row, std::min(UNIT_ROWS, block.rows - row));
             }
 #pragma omp barrier
+            amx::begin(UNIT_ROWS);
             then(block, first, team);
 #pragma omp barrier
         }
