@@ -339,7 +339,9 @@ extern "C" void cf_linear_twice(
     cf_linear(down, inner, rows, down->in_features, out, num_threads);
 }
 
-bool shared_products::exist(const Linear& l) { return has_matrix_unit() && l.form == PLAIN_BFLOAT16 && l.is_bfloat16; }
+bool shared_products::exist(const Linear& l) {
+    return has_matrix_unit() && (l.form == PLAIN_BFLOAT16 || l.form == DYNAMIC_INT8) && l.is_bfloat16;
+}
 
 bool shared_products::exist(const Linear& gate_up, const Linear& down) {
     return has_matrix_unit() && many_rows::can_be_one(gate_up, down);
@@ -351,7 +353,8 @@ char* shared_products::inner_memory(const Linear& gate_up, const Linear& down, i
 
 void shared_products::multiply(const Linear& l, const Rows& x, int64_t rows, void* out, const Team& team) {
     const int64_t row_bytes = l.out_features * 2;
-    many_rows::for_each_own_block(l, x, rows, team, [&](many_rows::Block block, int64_t first) {
+    const int64_t at_once = many_rows::block_rows(rows, many_rows::lines_of(l));
+    many_rows::for_each_own_block(l, x, rows, at_once, team, [&](many_rows::Block block, int64_t first) {
         block.results = {(char*)out + first * row_bytes, row_bytes};
         many_rows::multiply_share(block, team);
     });
@@ -359,7 +362,8 @@ void shared_products::multiply(const Linear& l, const Rows& x, int64_t rows, voi
 
 void shared_products::multiply_both(
     const Linear& gate_up, const Linear& down, const Rows& x, int64_t rows, char* inner, void* out, const Team& team) {
-    many_rows::for_each_own_block(gate_up, x, rows, team, [&](const many_rows::Block& block, int64_t first) {
+    const int64_t at_once = many_rows::rows_of_both(gate_up, rows);
+    many_rows::for_each_own_block(gate_up, x, rows, at_once, team, [&](const many_rows::Block& block, int64_t first) {
         many_rows::multiply_both_share(block, down, inner, first, (char*)out, team);
         // The next block's rows lie in the same memory.
         if (first + block.rows < rows) team.wait();

@@ -86,12 +86,13 @@ static void copy_row(const Block& b, const char* x, int64_t row) {
     }
 }
 
+// Whether the matrix unit rounds rows, 16 at once.
+static bool rounds_units(const Linear& l) { return l.form == DYNAMIC_INT8 && l.is_bfloat16; }
+
 // Writes up to 16 rows of the block, from `row`.
-static void copy_rows(const Block& b, const char* x, int64_t x_bytes, int64_t row, int64_t rows) {
-    if (b.l.form == DYNAMIC_INT8 && b.l.is_bfloat16)
-        return (has_pairs(b.l) ? amx::round_rows<0> : amx::round_rows<avx512bf16::BYTE_OFFSET>)(
-            {x, x_bytes, LINE}, rows, b.l.in_features, (uint8_t*)b.tiles.unit(row, 0), LINE, UNIT, b.row_scales + row);
-    for (int64_t i = 0; i < rows; i++) copy_row(b, x + i * x_bytes, row + i);
+static void round_rows(const Block& b, const amx::RowsToRound& from, int64_t row) {
+    (has_pairs(b.l) ? amx::round_rows<0> : amx::round_rows<avx512bf16::BYTE_OFFSET>)(
+        from, std::min(UNIT_ROWS, b.rows - row), b.l.in_features, (uint8_t*)b.tiles.unit(row, 0), LINE, UNIT, b.row_scales + row);
 }
 
 // Weights that a thread reads one after the other.
@@ -261,10 +262,11 @@ static int64_t block_rows(int64_t rows, int64_t lines) {
     return divided_up(divided_up(rows, divided_up(rows, at_most)), TILE_ROWS) * TILE_ROWS;
 }
 
-// Calls then(block) on each thread for each block of rows of x, which begin each `x_bytes`, once it is copied.
+// Calls then(block) on each thread for each block of `at_once` rows of x, which begin each `x_bytes`, once it is copied.
 template <class Then>
-static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t x_bytes, int64_t num_threads, const Then& then) {
-    const int64_t lines = lines_of(l), at_once = block_rows(rows, lines);
+static void for_each_block(
+    const Linear& l, const char* x, int64_t rows, int64_t at_once, int64_t x_bytes, int64_t num_threads, const Then& then) {
+    const int64_t lines = lines_of(l);
     const Tiles tiles{tile_memory.get(at_once * lines * LINE), lines};
     float* row_scales = (float*)scale_memory.get(at_once * 4);
 #pragma omp parallel num_threads((int)num_threads)
@@ -276,9 +278,14 @@ static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t
             const int64_t units = divided_up(block.rows, UNIT_ROWS);
             const int64_t begin = units * team.index / team.size, end = units * (team.index + 1) / team.size;
             Fetching fetching(Cut(l, block.rows, team).start(), end - begin);
-            for (int64_t row = begin * UNIT_ROWS; row < end * UNIT_ROWS; row += UNIT_ROWS) {
+            for (int64_t unit = begin; unit < end; unit++) {
                 fetching.go_on();
-                copy_rows(block, x + (first + row) * x_bytes, x_bytes, row, std::min(UNIT_ROWS, block.rows - row));
+                const int64_t row = unit * UNIT_ROWS, last = std::min(row + UNIT_ROWS, block.rows);
+                const char* from = x + (first + row) * x_bytes;
+                if (rounds_units(l))
+                    round_rows(block, {from, x_bytes, LINE}, row);
+                else
+                    for (int64_t i = row; i < last; i++, from += x_bytes) copy_row(block, from, i);
             }
 #pragma omp barrier
             amx::begin(UNIT_ROWS);
@@ -292,57 +299,87 @@ static void for_each_block(const Linear& l, const char* x, int64_t rows, int64_t
 // As cf_linear, for PLAIN_BFLOAT16 and DYNAMIC_INT8.
 static void multiply(const Linear& l, const void* x, int64_t rows, int64_t x_bytes, void* out, int64_t num_threads) {
     const int64_t row_bytes = l.out_features * (l.is_bfloat16 ? 2 : 4);
-    for_each_block(l, (const char*)x, rows, x_bytes, num_threads, [&](Block block, int64_t first, const Team& team) {
+    const int64_t at_once = block_rows(rows, lines_of(l));
+    for_each_block(l, (const char*)x, rows, at_once, x_bytes, num_threads, [&](Block block, int64_t first, const Team& team) {
         block.results = {(char*)out + first * row_bytes, row_bytes};
         multiply_share(block, team);
     });
 }
 
-// Whether multiply_both can do it: what lies between the two needs neither padding nor rounding to bytes.
+// Whether multiply_both can do it: what lies between the two needs no padding.
 static bool can_be_one(const Linear& gate_up, const Linear& down) {
-    return gate_up.form == PLAIN_BFLOAT16 && down.form == PLAIN_BFLOAT16 && gate_up.out_features == down.in_features &&
-           down.in_features * 2 % LINE == 0;
+    if (gate_up.form != down.form || gate_up.out_features != down.in_features || !down.is_bfloat16) return false;
+    return down.form == PLAIN_BFLOAT16 ? down.in_features % 32 == 0 : down.form == DYNAMIC_INT8 && down.in_features % 64 == 0;
 }
 
+// Of the bfloat16 rows between two products.
+static int64_t inner_lines(const Linear& down) { return divided_up(down.in_features * 2, LINE); }
+
+// As many rows in bytes as in bfloat16: they are bfloat16 between the products.
+static int64_t rows_of_both(const Linear& gate_up, int64_t rows) { return block_rows(rows, inner_lines(gate_up)); }
+
 static int64_t inner_bytes(const Linear& gate_up, const Linear& down, int64_t rows) {
-    return block_rows(rows, lines_of(gate_up)) * lines_of(down) * LINE;
+    // As tiles of bfloat16 and of bytes, and the scales of these.
+    return rows_of_both(gate_up, rows) * ((inner_lines(down) + lines_of(down)) * LINE + 4);
 }
 
 // A thread's panels of gate_up times a block, whose result stays in tiles, and of down times that.
 static void multiply_both_share(
     Block block, const Linear& down, char* inner, int64_t first, char* out, const Team& team) {
     const int64_t lines = lines_of(down), row_bytes = down.out_features * 2, at_once = block_rows(block.rows, lines);
-    block.results = {inner, LINE, lines};
+    const Tiles between{inner, inner_lines(down)};
+    block.results = {inner, LINE, between.lines};
     multiply_share(block, team, Cut(down, std::min(block.rows, at_once), team).start());
     team.wait();
+    Block all{down, between, block.rows, nullptr, {out + first * row_bytes, row_bytes}};
+    if (rounds_units(down)) {
+        const int64_t units = divided_up(block.rows, UNIT_ROWS);
+        all.tiles = {between.unit(units * UNIT_ROWS, 0), lines};
+        all.row_scales = (float*)all.tiles.unit(units * UNIT_ROWS, 0);
+        for (int64_t unit = units * team.index / team.size; unit < units * (team.index + 1) / team.size; unit++)
+            round_rows(all, {between.unit(unit * UNIT_ROWS, 0), LINE, UNIT}, unit * UNIT_ROWS);
+        amx::begin(UNIT_ROWS);
+        team.wait();
+    }
     for (int64_t row = 0; row < block.rows; row += at_once)
         multiply_share(
-            {down, Tiles{inner, lines}.from(row), std::min(at_once, block.rows - row), nullptr,
-             {out + (first + row) * row_bytes, row_bytes}}, team);
+            {down, all.tiles.from(row), std::min(at_once, block.rows - row), all.row_scales + row,
+             {all.results.memory + row * row_bytes, row_bytes}}, team);
 }
 
 // Both products; what lies between stays in tiles.
 static void multiply_both(
     const Linear& gate_up, const Linear& down, const void* x, int64_t rows, int64_t x_bytes, void* out, int64_t num_threads) {
     char* inner = inner_memory.get(inner_bytes(gate_up, down, rows));
-    for_each_block(gate_up, (const char*)x, rows, x_bytes, num_threads, [&](const Block& block, int64_t first, const Team& team) {
-        multiply_both_share(block, down, inner, first, (char*)out, team);
-    });
+    for_each_block(
+        gate_up, (const char*)x, rows, rows_of_both(gate_up, rows), x_bytes, num_threads,
+        [&](const Block& block, int64_t first, const Team& team) {
+            multiply_both_share(block, down, inner, first, (char*)out, team);
+        });
 }
 
-// Calls then(block) for each block of rows of x, once this thread has them in tiles of its own.
+// Calls then(block) for each block of `at_once` rows of x, once this thread has them in tiles of its own.
 template <class Then>
-static void for_each_own_block(const Linear& l, const Rows& x, int64_t rows, const Team& team, const Then& then) {
-    const int64_t lines = lines_of(l), at_once = block_rows(rows, lines);
+static void for_each_own_block(
+    const Linear& l, const Rows& x, int64_t rows, int64_t at_once, const Team& team, const Then& then) {
+    const int64_t lines = lines_of(l), x_bytes = l.in_features * 2;
     const Tiles tiles{tile_memory.get(at_once * lines * LINE), lines};
-    amx::begin(UNIT_ROWS);
+    float* row_scales = (float*)scale_memory.get(at_once * 4);
     for (int64_t first = 0; first < rows; first += at_once) {
-        const Block block{l, tiles, std::min(at_once, rows - first), nullptr, {}};
+        const Block block{l, tiles, std::min(at_once, rows - first), row_scales, {}};
         Fetching fetching(Cut(l, block.rows, team).start(), block.rows);
+        char* unit = rounds_units(l) ? byte_memory.get(UNIT_ROWS * x_bytes) : nullptr;
         for (int64_t row = 0; row < block.rows; row++) {
             fetching.go_on();
-            copy_row(block, x.at(first + row), row);
+            if (!unit) {
+                copy_row(block, x.at(first + row), row);
+                continue;
+            }
+            const int64_t within = row % UNIT_ROWS;
+            memcpy(unit + within * x_bytes, x.at(first + row), x_bytes);
+            if (within == UNIT_ROWS - 1 || row == block.rows - 1) round_rows(block, {unit, x_bytes, LINE}, row - within);
         }
+        amx::begin(UNIT_ROWS);
         then(block, first);
     }
     amx::end();
