@@ -100,7 +100,10 @@ def test_negative_seeds_are_taken_and_differ_from_one_another(client: Any) -> No
     texts = [complete(client, prompt="Hello", seed=seed)["choices"][0]["text"] for seed in (-1, -1, -2, -(2**63))]
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
-    assert refusal(client, prompt="Hello", seed=-(2**63) - 1)["param"] == "seed"
+    for seed in (-(2**63) - 1, 2**63):
+        error = refusal(client, prompt="Hello", seed=seed)
+        assert error["param"] == "seed"
+        assert f"from {-(2**63)} to {2**63 - 1}" in error["message"]
 
 
 @pytest.mark.parametrize(

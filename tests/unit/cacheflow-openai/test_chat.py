@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from cacheflow.errors import InvalidRequestError
 from cacheflow_openai.app import OpenAIFrontend, OpenAIOptions
+from cacheflow_openai.chat_schema import parse_messages
 
 HI = [{"role": "user", "content": "Hi"}]
 GREETING = "Hello there 😀, how are you?"
@@ -104,6 +106,18 @@ def test_a_chat_completion_is_an_openai_object(chat_client: Any) -> None:
     usage = answer["usage"]
     assert usage["completion_tokens"] == 12
     assert usage["total_tokens"] == usage["prompt_tokens"] + 12
+
+
+def test_the_limit_of_stop_strings_is_told_as_it_is_here(chat_client: Any) -> None:
+    for stop in ("", list("abcde"), 1):
+        assert "stop must be at most 4 strings of 1 to 256 characters" in refusal(chat_client, stop=stop)["message"]
+
+
+def test_what_an_assistant_refused_is_part_of_the_conversation() -> None:
+    for said in ({"content": [{"type": "refusal", "refusal": "No."}]}, {"content": None, "refusal": "No."}):
+        assert parse_messages([{"role": "assistant", **said}]) == [{"role": "assistant", "content": "No."}]
+    with pytest.raises(InvalidRequestError, match="part of type 'refusal'"):
+        parse_messages([{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}])
 
 
 def test_the_prompt_is_what_the_template_writes(chat_client: Any) -> None:
@@ -341,6 +355,8 @@ def test_variables_reach_the_template(chat_client: Any) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": "1"}, "max_completion_tokens"),
         ({"stop": list("abcde")}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [None]}, "stop"),
         ({"n": 0}, "n"),
         ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

@@ -169,12 +169,14 @@ def _message(message: Any, param: str) -> dict[str, Any]:
     values = given(message)
     role = choice(values, "role", ROLES, "", f"{param}.")
     calls = values.get("tool_calls", [])
-    if "content" not in values and not (role == "assistant" and calls):
+    kinds = ("text", "refusal") if role == "assistant" else ("text",)
+    content = values.get("content", values.get("refusal") if role == "assistant" else None)
+    if content is None and not (role == "assistant" and calls):
         raise InvalidRequestError(f"{param}.content is missing.", param=f"{param}.content")
     # Templates know no "developer", which is what newer clients call "system".
     parsed: dict[str, Any] = {
         "role": "system" if role == "developer" else role,
-        "content": text_of(values.get("content", ""), ("text",), f"{param}.content"),
+        "content": text_of("" if content is None else content, kinds, f"{param}.content"),
     }
     for name in ("name", "tool_call_id"):
         if name in values:
@@ -202,13 +204,17 @@ def text_of(content: Any, kinds: Sequence[str], param: str) -> str:
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise must_be(param, "a string or a list of parts", content)
     for part in content:
-        if part.get("type") not in kinds or not isinstance(part.get("text"), str):
+        if part.get("type") not in kinds or not isinstance(_text_of_part(part), str):
             kind = str(part.get("type"))[:40]
             raise InvalidRequestError(
                 f"{param} has a part of type {kind!r}; this model reads only parts of type {' or '.join(kinds)}, with a text.",
                 param=param,
             )
-    return "\n".join(part["text"] for part in content)
+    return "\n".join(map(_text_of_part, content))
+
+
+def _text_of_part(part: Mapping[str, Any]) -> Any:
+    return part.get("refusal" if part.get("type") == "refusal" else "text")
 
 
 def _tool_call(call: Any, param: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,15 +95,10 @@ async def embed(engine: AsyncLLMServer, request: EmbeddingRequest, model: str, r
     num_tokens = sum(map(len, inputs))
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector) if request.is_base64 else vector}
-        for index, vector in enumerate(map(_unit, vectors))
+        for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return {"object": "list", "data": data, "model": model, "usage": usage}
-
-
-def _unit(vector: Sequence[float]) -> list[float]:
-    length = math.sqrt(sum(value * value for value in vector)) or 1.0
-    return [value / length for value in vector]
 
 
 def _encoded(vector: Sequence[float]) -> str:

@@ -12,12 +12,12 @@ from dataclasses import fields
 from typing import Any
 
 from cacheflow.errors import InvalidRequestError, shown
-from cacheflow.types import MAX_STRUCTURE_BYTES, SAMPLING_FIELDS, StructuredOutput
+from cacheflow.types import MAX_STOP_LENGTH, MAX_STRUCTURE_BYTES, SAMPLING_FIELDS, StructuredOutput
 
 MAX_STOP_STRINGS = 4
 """OpenAI's limit."""
-MIN_SEED = -(2**63)
-"""OpenAI's limit."""
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+"""OpenAI's limits."""
 MAX_SCHEMA_BYTES = MAX_STRUCTURE_BYTES
 """Longest JSON schema of a response format or a tool."""
 
@@ -155,21 +155,27 @@ def include_usage(values: Mapping[str, Any], stream: bool) -> bool:
 
 
 def check_stop(values: Mapping[str, Any]) -> None:
-    """Holds `stop` to OpenAI's limit; its strings are checked with the sampling parameters.
+    """Holds `stop` to OpenAI's limit, which is lower than that of the sampling parameters.
 
     Raises:
-        InvalidRequestError: It has too many strings.
+        InvalidRequestError: It is something else than a few short strings.
     """
-    stop = values.get("stop")
-    if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", param="stop")
+    stop = values.get("stop", [])
+    strings = [stop] if isinstance(stop, str) else stop
+    are_short = isinstance(strings, list) and all(isinstance(s, str) and 1 <= len(s) <= MAX_STOP_LENGTH for s in strings)
+    if not are_short or len(strings) > MAX_STOP_STRINGS:
+        raise must_be("stop", f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", stop)
 
 
 def sampling_fields(values: Mapping[str, Any], left_out: Collection[str] = ()) -> dict[str, Any]:
-    """Those of the fields that are sampling parameters. OpenAI's seeds may be negative: each stands for one of the engine's."""
+    """Those of the fields that are sampling parameters. OpenAI's seeds may be negative: each stands for one of the engine's.
+
+    Raises:
+        InvalidRequestError: The seed is none.
+    """
     sampling = {name: value for name, value in values.items() if name in SAMPLING_FIELDS and name not in left_out}
-    seed = sampling.get("seed")
-    if type(seed) is int and MIN_SEED <= seed < 0:
+    seed = whole(sampling, "seed", MIN_SEED, MAX_SEED)
+    if seed is not None and seed < 0:
         sampling["seed"] = seed - MIN_SEED
     return sampling
 

@@ -22,7 +22,7 @@ from cacheflow.types import (
 )
 from cacheflow_openai.chat_schema import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, MAX_TOOLS, MAX_TOP_LOGPROBS, ROLES
 from cacheflow_openai.embeddings import MAX_INPUTS
-from cacheflow_openai.fields import MAX_STOP_STRINGS, MIN_SEED
+from cacheflow_openai.fields import MAX_SEED, MAX_STOP_STRINGS, MIN_SEED
 from cacheflow_openai.schema import MAX_PROMPTS
 
 Schema = dict[str, Any]
@@ -84,7 +84,7 @@ SAMPLING: dict[str, Schema] = {
     "top_p": _nullable("number", exclusiveMinimum=0, maximum=1),
     "top_k": _whole(-1, 2**31 - 1),
     "min_p": _number(0, 1),
-    "seed": _whole(MIN_SEED, 2**63 - 1),
+    "seed": _whole(MIN_SEED, MAX_SEED),
     "use_beam_search": FLAG,
     "length_penalty": _number(-10, 10),
     "early_stopping": {"type": ["boolean", "string", "null"]},
@@ -114,13 +114,14 @@ SHARED: dict[str, Schema] = {
     "cache_salt": _nullable("string", maxLength=256),
 }
 STREAM_OPTIONS = _nullable("object", properties={"include_usage": FLAG})
-CONTENT: Schema = {
-    "anyOf": [TEXT, _list(_object({"type": {"const": "text"}, "text": TEXT}, ("type", "text"))), {"type": "null"}]
-}
+TEXT_PART = _object({"type": {"const": "text"}, "text": TEXT}, ("type", "text"))
+REFUSAL_PART = _object({"type": {"const": "refusal"}, "refusal": TEXT}, ("type", "refusal"))
+CONTENT: Schema = {"anyOf": [TEXT, _list({"anyOf": [TEXT_PART, REFUSAL_PART]}), {"type": "null"}]}
 MESSAGE = _object(
     {
         "role": {"type": "string", "enum": list(ROLES)},
         "content": CONTENT,
+        "refusal": _nullable("string"),
         "name": _nullable("string"),
         "tool_call_id": _nullable("string"),
         "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},

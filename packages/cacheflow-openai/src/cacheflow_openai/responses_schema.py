@@ -34,7 +34,7 @@ OWN_FIELDS = (
 REFUSED_FIELDS = ("n", "best_of", "use_beam_search", "logprobs", "max_tokens", "structured", *NO_SAMPLING_FIELDS)
 """Sampling parameters that a response has other words for, or no place."""
 STATE_FIELDS = ("previous_response_id", "conversation")
-TEXT_PARTS = ("input_text", "output_text", "text")
+TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 LOGPROBS = "message.output_text.logprobs"
 
 

@@ -26,7 +26,7 @@ def test_a_hub_name_that_is_not_cached_names_the_demo_and_the_cache(tmp_path: Pa
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./here.gguf", "models/missing.gguf", "a/b/c", "../up"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./here.gguf", "models/missing.gguf", "a/b/c", "../up", "~nobody-here/m"])
 def test_a_path_without_a_model_is_an_error_that_repeats_it(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=name):
         resolve_model(EngineConfig(model=name))

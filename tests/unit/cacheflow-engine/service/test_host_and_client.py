@@ -32,6 +32,7 @@ from cacheflow.errors import (
     InvalidRequestError,
     ModelNotFoundError,
 )
+from cacheflow.service import backlog as backlog_module
 from cacheflow.service import client as client_module
 from cacheflow.service import host as host_module
 from cacheflow.service import wire
@@ -98,6 +99,8 @@ class Engine:
         self._is_stopping = True
         self._thread.join()
         self._context.term()
+        held = sum(sum(client.num_bytes.values()) for client in self.host._clients.values())
+        assert self.host._num_held_bytes == held, "bytes of requests were counted wrongly"
 
     def _run(self) -> None:
         try:
@@ -885,6 +888,29 @@ def test_only_the_owner_may_enter_the_socket_and_its_folder(context: zmq.Context
 def test_an_address_in_use_is_refused(context: zmq.Context[zmq.Socket[bytes]], engine: Engine) -> None:
     with pytest.raises(ConfigError, match="Another process listens on"):
         bind(context, engine.address)
+
+
+def test_requests_that_carry_too_much_together_are_refused_until_there_is_room(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "MAX_HELD_BYTES", 5000)
+    core = make_core()
+    with engine_at(address, core, Backlog(core, EngineConfig())):
+
+        async def work(client: EngineClient) -> None:
+            large = replace(request("a", ENDLESS), params=SamplingParams(max_tokens=ENDLESS, seed=0, extra={"x": "y" * 4000}))
+            running = asyncio.create_task(tokens_of(client, large))
+            await stats_when(client, lambda stats: stats.num_running == 1)
+            with pytest.raises(EngineOverloadedError, match="and at most 5000 are taken"):
+                await tokens_of(client, replace(large, request_id="b"))
+            client.abort("a")
+            await running
+            another = asyncio.create_task(tokens_of(client, replace(large, request_id="c")))
+            await stats_when(client, lambda stats: stats.num_running == 1)
+            client.abort("c")
+            await another
+
+        with_client(address, work)
 
 
 def test_a_file_that_is_no_socket_is_left_alone(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:

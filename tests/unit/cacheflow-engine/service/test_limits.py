@@ -13,7 +13,7 @@ from simulated import SimulatedExecutor
 from cacheflow.config import EngineConfig
 from cacheflow.core import EngineCore
 from cacheflow.errors import ConfigError, EngineOverloadedError, InvalidRequestError
-from cacheflow.service.backlog import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Backlog
+from cacheflow.service.backlog import MAX_HELD_BYTES, MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Backlog
 from cacheflow.service.keys import EngineKey
 from cacheflow.types import EngineRequest, SamplingParams
 
@@ -52,6 +52,14 @@ def test_waiting_tokens_are_limited_but_a_prompt_of_any_size_is_taken_when_nothi
     backlog.check(request("b", 10))
     with pytest.raises(EngineOverloadedError):
         backlog.check(request("b", 11))
+
+
+def test_what_requests_carry_is_limited_but_one_of_any_size_is_taken_when_there_is_no_other() -> None:
+    _, backlog = make()
+    backlog.check(request("a"), MAX_HELD_BYTES + 1)
+    backlog.check(request("b"), MAX_HELD_BYTES - 1, 1)
+    with pytest.raises(EngineOverloadedError, match=f"at most {MAX_HELD_BYTES} are taken"):
+        backlog.check(request("b"), MAX_HELD_BYTES, 1)
 
 
 def test_when_to_come_again_is_the_backlog_divided_by_what_leaves_it_within_a_range() -> None:

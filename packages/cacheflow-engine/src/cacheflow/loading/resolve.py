@@ -7,6 +7,7 @@ is an error that says what to do. It opens no weights and imports no torch.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,7 +97,7 @@ def _find(model: str, download_dir: str | None, weights: tuple[str, ...]) -> Pat
     """The folder or file of a model, without weights if `weights` is empty."""
     if model == DEMO:
         return demo_file()
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # Path's own raises for a user that there is not.
     if path.exists():
         return path
     if not _HUB_NAME.fullmatch(model) or model.endswith(".gguf"):

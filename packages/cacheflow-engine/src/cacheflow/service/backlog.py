@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
 """The range of what a refused client is told."""
+MAX_HELD_BYTES = 128 * 2**20
+"""Of the messages that the engine's requests came in: 40 million token ids, a gigabyte or two in Python. Lists of token ids in
+the parameters, and what is for plugins, are no tokens that wait, and count here alone."""
 HALF_LIFE_S = 10.0
 """After so much time of computing, what was measured before counts half."""
 
@@ -36,12 +39,23 @@ class Backlog:
         self._num_tokens = 0.0
         self._num_admitted_tokens = 0
 
-    def check(self, request: EngineRequest) -> None:
-        """Takes note of nothing; the request may be added if this returns. A request is always taken when none waits.
+    def check(self, request: EngineRequest, num_bytes: int = 0, num_held_bytes: int = 0) -> None:
+        """Takes note of nothing; the request may be added if this returns. A request is always taken when there is no other.
+
+        Args:
+            request: It.
+            num_bytes: Of the message that it came in.
+            num_held_bytes: Of the messages of all requests that have not ended.
 
         Raises:
-            EngineOverloadedError: Too much waits already.
+            EngineOverloadedError: Too much waits already, or what there is is too large.
         """
+        if num_held_bytes and num_held_bytes + num_bytes > MAX_HELD_BYTES:
+            raise EngineOverloadedError(
+                f"The engine is full: its requests have {num_held_bytes} bytes, this one {num_bytes}, and at most "
+                f"{MAX_HELD_BYTES} are taken. Try again in {self.retry_after_s:.0f} s.",
+                self.retry_after_s,
+            )
         num_waiting = self._scheduler.stats().num_waiting
         num_tokens = self._scheduler.num_waiting_tokens
         num_sequences = self._scheduler.num_unfinished_sequences + request.params.num_sequences

@@ -47,13 +47,13 @@ class _Client:
         identity: Where ZeroMQ sends its messages.
         client_id: Its own name for itself, which the core tells requests apart by.
         last_heard_s: On the monotonic clock.
-        request_ids: Of its unfinished requests. Each gets exactly one last update.
+        num_bytes: Of the message of each unfinished request, by its id. Each request gets exactly one last update.
     """
 
     identity: bytes
     client_id: str
     last_heard_s: float
-    request_ids: set[str] = field(default_factory=set)
+    num_bytes: dict[str, int] = field(default_factory=dict)
 
 
 class Host:
@@ -90,6 +90,7 @@ class Host:
         self._clients: dict[bytes, _Client] = {}
         self._by_client_id: dict[str, _Client] = {}
         self._welcome = wire.encode_engine_message(wire.Welcome(wire.PROTOCOL_VERSION, core.info))
+        self._num_held_bytes = 0  # Of all clients' unfinished requests.
         self._num_failed_steps = 0
         self._num_deaths = journal.num_deaths if journal is not None else {}
         if journal is not None:
@@ -160,7 +161,7 @@ class Host:
     def _fail_all(self, error: str) -> list[RequestUpdate]:
         updates = []
         for client in self._clients.values():
-            for request_id in client.request_ids:
+            for request_id in client.num_bytes:
                 self._core.abort(request_id, client.client_id)
                 updates.append(_last_update(client, request_id, error))
         return updates
@@ -175,14 +176,14 @@ class Host:
                 continue  # It left, and the core is yet to notice.
             for update in its_updates:
                 if update.finished:
-                    client.request_ids.discard(update.request_id)
+                    self._forget(client, update.request_id)
             try:
                 data = wire.encode_engine_message(wire.Updates(its_updates))
             except wire.MalformedMessageError as error:
                 logger.error("%s", error)
                 for update in its_updates:
                     self._core.abort(update.request_id, client_id)
-                client.request_ids.difference_update(u.request_id for u in its_updates)
+                    self._forget(client, update.request_id)
                 failed = [_last_update(client, u.request_id, str(error)) for u in its_updates]
                 data = wire.encode_engine_message(wire.Updates(failed))
             self._send(client.identity, data)
@@ -253,7 +254,7 @@ class Host:
                 refused = wire.Refused(message.request_id, error, retry_after_s=DRAINING_RETRY_AFTER_S, is_draining=True)
             else:
                 if not message.is_again:
-                    self._backlog.check(request)
+                    self._backlog.check(request, len(message.request), self._num_held_bytes)
                 # The identity of a client is not the request's to say, and a time that is none would upset the order.
                 arrival_s = request.arrival_s if math.isfinite(request.arrival_s) else time.time()
                 request = replace(request, client_id=client.client_id, arrival_s=arrival_s)
@@ -268,19 +269,24 @@ class Host:
         if refused is not None:
             self._send(client.identity, wire.encode_engine_message(refused))
             return
-        client.request_ids.add(message.request_id)
+        self._forget(client, message.request_id)  # Should it have had one of that id, which ended untold.
+        client.num_bytes[message.request_id] = len(message.request)
+        self._num_held_bytes += len(message.request)
         if self._log_requests:
             num_tokens, num_sequences = len(request.prompt_token_ids), request.params.num_sequences
             logger.info("Request %s: %d prompt tokens, %d sequences.", message.request_id, num_tokens, num_sequences)
 
     def _abort(self, client: _Client, message: wire.Abort) -> None:
-        if message.request_id not in client.request_ids:
+        if message.request_id not in client.num_bytes:
             return  # It has ended, and its last update is on its way.
         self._core.abort(message.request_id, client.client_id, message.index)
         if message.index is None:
-            client.request_ids.discard(message.request_id)
+            self._forget(client, message.request_id)
             updates = wire.Updates([_last_update(client, message.request_id)])
             self._send(client.identity, wire.encode_engine_message(updates))
+
+    def _forget(self, client: _Client, request_id: str) -> None:
+        self._num_held_bytes -= client.num_bytes.pop(request_id, 0)
 
     def _send(self, identity: bytes, data: bytes) -> None:
         try:
@@ -297,10 +303,12 @@ class Host:
 
     def _drop(self, client: _Client, reason: str) -> None:
         del self._clients[client.identity], self._by_client_id[client.client_id]
-        for request_id in client.request_ids:
+        num_requests = len(client.num_bytes)
+        for request_id in list(client.num_bytes):
             self._core.abort(request_id, client.client_id)
-        level = logging.WARNING if client.request_ids else logging.DEBUG
-        logger.log(level, "Client %s %s; %d requests aborted.", client.client_id, reason, len(client.request_ids))
+            self._forget(client, request_id)
+        level = logging.WARNING if num_requests else logging.DEBUG
+        logger.log(level, "Client %s %s; %d requests aborted.", client.client_id, reason, num_requests)
 
 
 def refuse_hello(message: wire.Hello) -> wire.Rejected | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -63,7 +65,7 @@ class EngineProcess:
         return self
 
     async def _spawn(self) -> None:
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)  # An engine that ends in order removes it.
+        _make_own(self._folder)
         try:
             # Without -P the current folder comes first on the path, and a file there may be called like a module.
             safe_path = ["-P"] if sys.version_info >= (3, 11) else []
@@ -151,3 +153,17 @@ class EngineProcess:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+
+
+def _make_own(folder: str) -> None:
+    """Makes the folder again, which an engine that ends in order removes: its name is known by then, and others may be faster.
+
+    Raises:
+        OSError: It is somebody else's, or others may enter it.
+    """
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise PermissionError(errno.EPERM, "not a folder that only this user enters", folder) from None

@@ -13,12 +13,18 @@ def embedding_output(request: EngineRequest, update: RequestUpdate, prompt: str 
 
     Raises:
         InvalidRequestError: The engine refused the request.
-        RequestFailedError: It failed, or was aborted.
+        RequestFailedError: It failed, was aborted, or its vector is not made of numbers.
     """
     embedding = update.embedding
     if embedding is None:
         raise update.exception() or RequestFailedError(f"The request {request.request_id} was aborted.")
-    length = math.sqrt(sum(value * value for value in embedding)) if normalize else 1.0
+    square = sum(value * value for value in embedding)
+    if not math.isfinite(square):
+        raise RequestFailedError(
+            "The prompt's hidden states are not numbers: the model overflowed. Try --dtype bfloat16 or float32, and check the "
+            "checkpoint."
+        )
+    length = math.sqrt(square) if normalize else 1.0
     return EmbeddingOutput(
         request_id=request.request_id,
         prompt=prompt,
