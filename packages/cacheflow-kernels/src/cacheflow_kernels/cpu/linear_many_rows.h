@@ -86,12 +86,12 @@ static void copy_row(const Block& b, const char* x, int64_t row) {
     }
 }
 
-// Whether the matrix unit rounds rows, 16 at once.
+// Whether the matrix unit rounds rows, 16 at once, to signed bytes.
 static bool rounds_units(const Linear& l) { return l.form == DYNAMIC_INT8 && l.is_bfloat16; }
 
 // Writes up to 16 rows of the block, from `row`.
 static void round_rows(const Block& b, const amx::RowsToRound& from, int64_t row) {
-    (has_pairs(b.l) ? amx::round_rows<0> : amx::round_rows<avx512bf16::BYTE_OFFSET>)(
+    amx::round_rows<0>(
         from, std::min(UNIT_ROWS, b.rows - row), b.l.in_features, (uint8_t*)b.tiles.unit(row, 0), LINE, UNIT, b.row_scales + row);
 }
 
@@ -122,7 +122,7 @@ struct Fetching {
 
 // Up to 32 rows times a part of a panel, `lines` long. Registers 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where
 // `goes_on`, c holds what was summed before. Calls meanwhile() at each step.
-template <bool IS_INTEGER, bool HAS_TWO, class Meanwhile>
+template <bool IS_INTEGER, bool IS_SIGNED, bool HAS_TWO, class Meanwhile>
 static inline __attribute__((always_inline)) void multiply_tile(
     const char* upper, const char* lower, const char* panel, int64_t lines, bool goes_on, float* c, Fetching& fetching,
     const Meanwhile& meanwhile) {
@@ -134,16 +134,29 @@ static inline __attribute__((always_inline)) void multiply_tile(
         _tile_loadd(6, panel, PANEL_BYTES);
         _tile_loadd(7, panel + LINE, PANEL_BYTES);
         if (HAS_TWO) _tile_stream_loadd(5, lower, LINE);
-        amx::add_to_sums<IS_INTEGER, HAS_TWO>();
+        if constexpr (IS_SIGNED) {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            if (HAS_TWO) {
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
+        } else {
+            amx::add_to_sums<IS_INTEGER, HAS_TWO>();
+        }
         meanwhile();
     }
     amx::store_sums<HAS_TWO>(c);
 }
 
+// Integers are of signed bytes where rounds_units.
+template <class T, bool IS_INTEGER>
+constexpr bool IS_SIGNED = IS_INTEGER && std::is_same_v<T, BFloat16>;
+
 // Rows whose sums are complete and whose results are not written yet.
 template <class T, bool IS_INTEGER, bool IS_GATED>
 struct Unfinished {
-    avx512bf16::PanelEnd<T, IS_INTEGER> end;
+    avx512bf16::PanelEnd<T, IS_INTEGER, IS_SIGNED<T, IS_INTEGER> ? 0 : avx512bf16::BYTE_OFFSET> end;
     const float *sums = nullptr, *row_scales = nullptr;
     char* out = nullptr;
     int64_t row_bytes = 0, jump = 0, num_columns = 0, done = 0, rows = 0;
@@ -215,7 +228,7 @@ static void multiply_panels(const Block& b, const Team& team, const Piece& follo
                     const int64_t kept = (num_spans > 1 ? p - begin : 0) * num_tiles + tile;
                     float* c = sums + (has_parts ? kept : number % 2) * TILE_SUMS;
                     const auto multiply = [&](auto has_two) __attribute__((always_inline)) {
-                        multiply_tile<IS_INTEGER, has_two.value>(
+                        multiply_tile<IS_INTEGER, IS_SIGNED<T, IS_INTEGER>, has_two.value>(
                             b.tiles.unit(row, first), b.tiles.unit(row + UNIT_ROWS, first), panel + first * PANEL_UNIT,
                             last - first, first > 0, c, fetching, meanwhile);
                     };
@@ -241,7 +254,7 @@ static void multiply_panels(const Block& b, const Team& team, const Piece& follo
     unfinished.finish(TILE_ROWS);
 }
 
-// As multiply_panels, of signed bytes, where has_pairs: in linear_many_bytes.h.
+// As multiply_panels, where has_pairs: in linear_many_bytes.h.
 static void multiply_pairs(const Block& b, const Team& team, const Piece& following);
 
 static void multiply_share(const Block& b, const Team& team, const Piece& following = {}) {
