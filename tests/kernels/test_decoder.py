@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,14 @@ pytestmark = pytest.mark.skipif(bool(library.reasons()), reason="needs the CPU k
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": True}
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def forward(
@@ -59,14 +68,10 @@ def test_a_fused_decoder_gives_bit_for_bit_what_its_ops_give(
 
 
 @pytest.mark.parametrize("num_tokens", [80, 300, 1100, 3300])
-def test_rows_shared_out_among_threads_give_the_same_bits(num_tokens: int) -> None:
+def test_rows_shared_out_among_threads_give_the_same_bits(num_tokens: int, threads: Callable[[int], None]) -> None:
     single, _ = forward(torch.bfloat16, num_tokens, is_fused=False, settings={})
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        fused, _ = forward(torch.bfloat16, num_tokens, is_fused=True, settings={})
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    fused, _ = forward(torch.bfloat16, num_tokens, is_fused=True, settings={})
     assert torch.equal(fused, single)
 
 
@@ -85,9 +90,11 @@ def test_quantised_products_are_fused_to_the_same_bits(form: str) -> None:
 
 @pytest.mark.parametrize("query_lens", [(1,), (1, 1, 5), (300, 1, 9)], ids=["one", "mixed", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_a_decoder_that_attends_by_itself_gives_the_same_bits_and_cache(
-    dtype: torch.dtype, query_lens: tuple[int, ...]
+    dtype: torch.dtype, query_lens: tuple[int, ...], num_threads: int, threads: Callable[[int], None]
 ) -> None:
+    threads(num_threads)
     provider = CpuOps(OpSpec(dtype=dtype, device=CPU))
     settings = {**Llama.TINY, **SIZES, "max_position_embeddings": 512}
     context, spec = BuildContext(provider, dtype, CPU), Llama.spec(settings)

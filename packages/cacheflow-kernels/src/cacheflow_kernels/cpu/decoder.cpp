@@ -135,8 +135,8 @@ struct Normed {
         return {
             [](const void* source, int64_t row) -> const void* {
                 const Normed& n = *(const Normed*)source;
-                const int64_t size = n.d.hidden_size, at = row * size * element_size(n.d);
-                char* out = row_memory.get(size * element_size(n.d));
+                const int64_t size = n.d.hidden_size, bytes = size * element_size(n.d), at = row * bytes;
+                char* out = row_memory.get(bytes);
                 cf_add_rms_norm_row(n.x ? n.x + at : nullptr, n.residual + at, n.weight, out, size, n.d.eps, n.d.dtype);
                 return out;
             },
