@@ -36,10 +36,8 @@ INLINE TurnedTile turned_tile_of(int64_t row_tiles, int64_t key_parts, int64_t v
 
 // Keys as they lie, 16 keys times 32 elements a tile.
 INLINE void copy_keys(
-    const BFloat16* const* rows, const BFloat16* const* next, int64_t num_keys, int64_t head_size, int64_t key_parts,
-    uint32_t* tiles) {
+    const BFloat16* const* rows, int64_t num_keys, int64_t head_size, int64_t key_parts, uint32_t* tiles) {
     for (int64_t key = 0; key < num_keys; key++) {
-        prefetch(next + key, 1, head_size);
         uint32_t* to = tiles + key / 16 * key_parts * TILE_WORDS + key % 16 * 16;
         for (int64_t part = 0; part < key_parts; part++)
             store_raw(to + part * TILE_WORDS, load_words(rows[key], 16 * part, head_size));
@@ -48,10 +46,8 @@ INLINE void copy_keys(
 
 // Values on their side, 16 elements times 32 keys a tile.
 INLINE void turn_values(
-    const BFloat16* const* rows, const BFloat16* const* next, int64_t num_keys, int64_t head_size, int64_t value_tiles,
-    uint32_t* tiles) {
+    const BFloat16* const* rows, int64_t num_keys, int64_t head_size, int64_t value_tiles, uint32_t* tiles) {
     for (int64_t key = 0; key < num_keys; key += STEP_KEYS) {
-        prefetch(next + key, STEP_KEYS, head_size);
         for (int64_t tile = 0; tile < value_tiles; tile += 2) {
             Ints low[LANES], high[LANES];  // pairs of keys side by side, of elements 0 to 3, 8 to 11 ... and of the others
 #pragma GCC unroll 16
@@ -283,8 +279,8 @@ INLINE void attend_turned(
         const int64_t next = now ^ 1, end = begin + MATRIX_KEYS;
         locate_each(batch, layer, cache, item.seq, kv_head, end, item.key_end, MATRIX_KEYS, keys[next], values[next]);
         const int64_t num_steps = (std::min<int64_t>(MATRIX_KEYS, item.key_end - begin) + STEP_KEYS - 1) / STEP_KEYS;
-        copy_keys(keys[now], keys[next], num_steps * STEP_KEYS, head_size, key_parts, tile.keys);
-        turn_values(values[now], values[next], num_steps * STEP_KEYS, head_size, value_tiles, tile.values);
+        copy_keys(keys[now], num_steps * STEP_KEYS, head_size, key_parts, tile.keys);
+        turn_values(values[now], num_steps * STEP_KEYS, head_size, value_tiles, tile.values);
         // Steps that 16 rows see of the block: up to the last one's position.
         const auto steps_of = [&](int64_t i) {
             if (i >= row_tiles || first_visible(tile.positions[16 * i], layer.window) >= end) return int64_t(0);
@@ -297,6 +293,9 @@ INLINE void attend_turned(
             asm volatile("" : : : "memory");  // nor does gcc know that tiles are loaded from memory
             score_tiles(tile.queries + i * key_parts * TILE_WORDS, tile.keys, 2 * steps_of(i), key_parts, tile.scores);
         };
+        // The next block is asked for bit by bit: in one go it would take as long as it takes to come.
+        int64_t num_asked = 0;
+        const int64_t asked_at_once = (MATRIX_KEYS + row_tiles - first - 1) / (row_tiles - first);
         score(first);
         for (int64_t i = first, steps; (steps = steps_of(i)); i++) {
             float* results = tile.out + i * value_tiles * TILE_WORDS;
@@ -320,6 +319,10 @@ INLINE void attend_turned(
             }
             // Nothing visible so far: any finite reference turns the hidden keys into zeros.
             reference = reference == -INFINITY ? Floats{} : reference;
+            const int64_t now_asked = std::min(asked_at_once, MATRIX_KEYS - num_asked);
+            prefetch(keys[next] + num_asked, now_asked, head_size);
+            prefetch(values[next] + num_asked, now_asked, head_size);
+            num_asked += now_asked;
             Floats also{};
             for (int64_t step = 0; step < steps; step++)
                 soften_step(
