@@ -82,111 +82,12 @@ void multiply_rows(
 }
 
 #if HAS_BF16_DOT
-// What the matrix unit's eight tiles are: each 16 rows of 64 bytes. Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 of b.
+// What the matrix unit's eight tiles are: each 16 rows of 64 bytes.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
-// Up to 16 rows, times 64 columns at a time. A sum waits 52 cycles for the one before it: four are under way.
-INLINE void multiply_few_rows(
-    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, int64_t width, float* c,
-    int64_t c_stride, bool has_sums) {
-    for (int64_t column = 0; column < width; column += 64, c += 64, b += 64) {
-        const int64_t count = (width - column) / 16;
-        asm volatile("" : : : "memory");  // nor does gcc know that tiles are loaded from memory
-        if (has_sums) {
-            _tile_loadd(0, c, 4 * c_stride);
-            if (count > 1) _tile_loadd(1, c + 16, 4 * c_stride);
-            if (count > 2) _tile_loadd(2, c + 32, 4 * c_stride);
-            if (count > 3) _tile_loadd(3, c + 48, 4 * c_stride);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t d = 0; d < depth; d += 16) {
-            const uint32_t* operand = b + d * b_stride;
-            _tile_loadd(4, a + d, 4 * a_stride);
-            _tile_loadd(6, operand, 4 * b_stride);
-            _tile_dpbf16ps(0, 4, 6);
-            if (count > 1) {
-                _tile_loadd(7, operand + 16, 4 * b_stride);
-                _tile_dpbf16ps(1, 4, 7);
-            }
-            if (count > 2) {
-                _tile_loadd(6, operand + 32, 4 * b_stride);
-                _tile_dpbf16ps(2, 4, 6);
-            }
-            if (count > 3) {
-                _tile_loadd(7, operand + 48, 4 * b_stride);
-                _tile_dpbf16ps(3, 4, 7);
-            }
-        }
-        _tile_stored(0, c, 4 * c_stride);
-        if (count > 1) _tile_stored(1, c + 16, 4 * c_stride);
-        if (count > 2) _tile_stored(2, c + 32, 4 * c_stride);
-        if (count > 3) _tile_stored(3, c + 48, 4 * c_stride);
-    }
-}
-
-// 17 to 32 rows, times 32 columns at a time.
-INLINE void multiply_many_rows(
-    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, int64_t width, float* c,
-    int64_t c_stride, bool has_sums) {
-    for (int64_t column = 0; column < width; column += 32, c += 32, b += 32) {
-        const bool is_wide = column + 16 < width;
-        float* second = c + 16 * c_stride;
-        asm volatile("" : : : "memory");
-        if (has_sums) {
-            _tile_loadd(0, c, 4 * c_stride);
-            _tile_loadd(2, second, 4 * c_stride);
-            if (is_wide) _tile_loadd(1, c + 16, 4 * c_stride);
-            if (is_wide) _tile_loadd(3, second + 16, 4 * c_stride);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t d = 0; d < depth; d += 16) {
-            const uint32_t* operand = b + d * b_stride;
-            _tile_loadd(4, a + d, 4 * a_stride);
-            _tile_loadd(5, a + 16 * a_stride + d, 4 * a_stride);
-            _tile_loadd(6, operand, 4 * b_stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-            if (is_wide) {
-                _tile_loadd(7, operand + 16, 4 * b_stride);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        _tile_stored(0, c, 4 * c_stride);
-        _tile_stored(2, second, 4 * c_stride);
-        if (is_wide) _tile_stored(1, c + 16, 4 * c_stride);
-        if (is_wide) _tile_stored(3, second + 16, 4 * c_stride);
-    }
-}
-
-// `multiply` on the matrix unit, which takes both operands as they are packed, with a and c filled up to 16 or 32 rows; depth
-// is a multiple of 16 words.
-void multiply_matrices(
-    const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
-    float* c, int64_t c_stride, const float* factors) {
-    if (factors) {
-        for (int64_t i = 0; i < rows; i++)
-            if (factors[i] != 1.0f)  // mostly no row has a new maximum
-                for (int64_t j = 0; j < width; j += LANES)
-                    store_raw(c + i * c_stride + j, load_raw<Floats>(c + i * c_stride + j) * factors[i]);
-    }
-    if (rows <= 16)
-        multiply_few_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
-    else
-        multiply_many_rows(a, a_stride, b, b_stride, depth, width, c, c_stride, factors);
-}
 #endif
 
 INLINE void take_matrices() {
@@ -211,12 +112,6 @@ template <bool IS_PAIRS>
 void multiply(
     const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
     float* c, int64_t c_stride, const float* factors) {
-#if HAS_BF16_DOT
-    if (IS_PAIRS && has_matrix_unit()) {
-        multiply_matrices(a, a_stride, b, b_stride, rows, depth, width, c, c_stride, factors);
-        return;
-    }
-#endif
     while (rows > 0) {
         const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, now = (rows + tiles - 1) / tiles;
         switch (now) {

@@ -2,8 +2,8 @@
 // [keys, rows], keys as they lie times queries on their side, and so are results, values on their side times probabilities. A
 // vector then holds 16 rows' scores of one key: greatest scores, sums and factors are vectors, and nothing is added across one.
 //
-// 16 rows at a time meet a block of MATRIX_KEYS keys. While vectors turn their scores into probabilities, the unit multiplies
-// the probabilities of 32 keys before by values, and the queries of the next 16 rows by keys.
+// 16 rows at a time meet a block of MATRIX_KEYS keys. Vectors and the unit take turns, as they do not work at once: 8 products
+// and 128 vectors of exponentials took 43 and 161 ns, 204 one after the other, and 257 product by product between them.
 
 constexpr int TILE_WORDS = 16 * 16;  // a tile of the matrix unit: 16 rows of 64 bytes
 constexpr int STEP_KEYS = 32;        // a tile of values or probabilities
@@ -12,7 +12,7 @@ constexpr int STEP_KEYS = 32;        // a tile of values or probabilities
 constexpr float MAX_ABOVE_REFERENCE = 8;
 
 // Memory of one item, in tiles: each 16 rows of queries, keys and turned values lie as the unit reads them. Probabilities and
-// the scores of two times 16 rows are [keys, 16].
+// scores are [keys, 16 rows].
 struct TurnedTile {
     uint32_t *queries, *keys, *values, *probabilities;
     float *scores, *out, *references, *sums, *slopes;
@@ -22,7 +22,7 @@ struct TurnedTile {
 INLINE TurnedTile turned_tile_of(int64_t row_tiles, int64_t key_parts, int64_t value_tiles) {
     const int64_t sizes[] = {row_tiles * key_parts * TILE_WORDS, MATRIX_KEYS / 16 * key_parts * TILE_WORDS,
                              MATRIX_KEYS / STEP_KEYS * value_tiles * TILE_WORDS, MATRIX_KEYS / STEP_KEYS * TILE_WORDS,
-                             2 * MATRIX_KEYS * 16, row_tiles * value_tiles * TILE_WORDS, row_tiles * 16, row_tiles * 16,
+                             MATRIX_KEYS * 16, row_tiles * value_tiles * TILE_WORDS, row_tiles * 16, row_tiles * 16,
                              row_tiles * 16, row_tiles * 16};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
@@ -36,21 +36,18 @@ INLINE TurnedTile turned_tile_of(int64_t row_tiles, int64_t key_parts, int64_t v
 
 // Keys as they lie, 16 keys times 32 elements a tile.
 INLINE void copy_keys(
-    const BFloat16* const* rows, const BFloat16* const* next, int64_t num_keys, int64_t head_size, int64_t key_parts,
-    uint32_t* tiles) {
+    const BFloat16* const* rows, int64_t num_keys, int64_t head_size, int64_t key_parts, uint32_t* tiles) {
     for (int64_t key = 0; key < num_keys; key++) {
-        prefetch(next + key, 1, head_size);
         uint32_t* to = tiles + key / 16 * key_parts * TILE_WORDS + key % 16 * 16;
-        for (int64_t part = 0; part < key_parts; part++) store_raw(to + part * TILE_WORDS, load_words(rows[key], 16 * part, head_size));
+        for (int64_t part = 0; part < key_parts; part++)
+            store_raw(to + part * TILE_WORDS, load_words(rows[key], 16 * part, head_size));
     }
 }
 
 // Values on their side, 16 elements times 32 keys a tile.
 INLINE void turn_values(
-    const BFloat16* const* rows, const BFloat16* const* next, int64_t num_keys, int64_t head_size, int64_t value_tiles,
-    uint32_t* tiles) {
+    const BFloat16* const* rows, int64_t num_keys, int64_t head_size, int64_t value_tiles, uint32_t* tiles) {
     for (int64_t key = 0; key < num_keys; key += STEP_KEYS) {
-        prefetch(next + key, STEP_KEYS, head_size);
         for (int64_t tile = 0; tile < value_tiles; tile += 2) {
             Ints low[LANES], high[LANES];  // pairs of keys side by side, of elements 0 to 3, 8 to 11 ... and of the others
 #pragma GCC unroll 16
@@ -78,11 +75,11 @@ INLINE void turn_values(
 // Queries on their side, 32 elements (pairs side by side) times 16 rows a tile; zeros behind the last row.
 INLINE void turn_queries(
     const BFloat16* q, int64_t q_stride, int64_t group, int64_t head_size, int64_t rows, int64_t key_parts, uint32_t* tiles) {
-    for (int64_t first = 0; first < rows; first += 16, tiles += key_parts * TILE_WORDS) {
+    for (int64_t first = 0, head = 0; first < rows; first += 16, tiles += key_parts * TILE_WORDS) {
         const BFloat16* from[16];
         for (int64_t i = 0; i < 16; i++) {
-            const int64_t row = first + i;
-            from[i] = row < rows ? q + row / group * q_stride + row % group * head_size : reinterpret_cast<const BFloat16*>(ZEROS);
+            from[i] = first + i < rows ? q + head * head_size : reinterpret_cast<const BFloat16*>(ZEROS);
+            if (++head == group) head = 0, q += q_stride;
         }
         for (int64_t part = 0; part < key_parts; part++) {
             Ints square[LANES];
@@ -95,60 +92,74 @@ INLINE void turn_queries(
     }
 }
 
-// What the unit does while vectors work, a quarter of a step at a time. Its tiles: 0 to 3 results, 4 scores, 5 the left operand,
-// 6 probabilities, 7 queries.
-struct Products {
-    const uint32_t *queries, *keys;  // of the 16 rows that come next; of the block
-    float* scores;
-    int64_t key_parts;
-    const uint32_t *values, *probabilities;
-    int64_t count, value_tiles;  // tiles of results: those that are multiplied, up to 4, and all
-};
-
-// Scores of 32 keys in four quarters: 16 keys times half of the elements each.
-template <int QUARTER>
-INLINE void multiply_keys(const Products& products, int64_t step) {
-    constexpr bool IS_SECOND_HALF = QUARTER % 2;
-    const int64_t parts = products.key_parts, half = (parts + 1) / 2;
-    const uint32_t* keys = products.keys + (2 * step + QUARTER / 2) * parts * TILE_WORDS;
-    if (!IS_SECOND_HALF) _tile_zero(4);
-    for (int64_t part = IS_SECOND_HALF ? half : 0; part < (IS_SECOND_HALF ? parts : half); part++) {
-        _tile_loadd(7, products.queries + part * TILE_WORDS, 64);
-        _tile_loadd(5, keys + part * TILE_WORDS, 64);
-        _tile_dpbf16ps(4, 5, 7);
+// scores [keys, 16 rows] of a block's first `key_tiles` times 16 keys. A sum waits 52 cycles for the one before it: four are
+// under way.
+INLINE void score_tiles(
+    const uint32_t* queries, const uint32_t* keys, int64_t key_tiles, int64_t key_parts, float* scores) {
+    const int64_t stride = key_parts * TILE_WORDS;
+    for (; key_tiles > 0; key_tiles -= 4, keys += 4 * stride, scores += 4 * TILE_WORDS) {
+        const bool is_wide = key_tiles > 2;  // there are always two
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t part = 0; part < key_parts; part++) {
+            const uint32_t* from = keys + part * TILE_WORDS;
+            _tile_loadd(6, queries + part * TILE_WORDS, 64);
+            _tile_loadd(4, from, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, from + stride, 64);
+            _tile_dpbf16ps(1, 5, 6);
+            if (is_wide) {
+                _tile_loadd(4, from + 2 * stride, 64);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(5, from + 3 * stride, 64);
+                _tile_dpbf16ps(3, 5, 6);
+            }
+        }
+        _tile_stored(0, scores, 64);
+        _tile_stored(1, scores + TILE_WORDS, 64);
+        if (is_wide) _tile_stored(2, scores + 2 * TILE_WORDS, 64);
+        if (is_wide) _tile_stored(3, scores + 3 * TILE_WORDS, 64);
     }
-    if (IS_SECOND_HALF) _tile_stored(4, products.scores + (2 * step + QUARTER / 2) * TILE_WORDS, 64);
 }
 
-// Values of 32 keys in four quarters: 16 elements each.
-template <int QUARTER>
-INLINE void multiply_values(const Products& products, int64_t step) {
-    if (QUARTER == 0) _tile_loadd(6, products.probabilities + step * TILE_WORDS, 64);
-    if (QUARTER >= products.count) return;
-    _tile_loadd(5, products.values + (step * products.value_tiles + QUARTER) * TILE_WORDS, 64);
-    if (QUARTER == 0) _tile_dpbf16ps(0, 5, 6);
-    if (QUARTER == 1) _tile_dpbf16ps(1, 5, 6);
-    if (QUARTER == 2) _tile_dpbf16ps(2, 5, 6);
-    if (QUARTER == 3) _tile_dpbf16ps(3, 5, 6);
-}
-
-INLINE void begin_results(const Products& products, const float* out, bool is_fresh) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (is_fresh) return;
-    _tile_loadd(0, out, 64);
-    if (products.count > 1) _tile_loadd(1, out + TILE_WORDS, 64);
-    if (products.count > 2) _tile_loadd(2, out + 2 * TILE_WORDS, 64);
-    if (products.count > 3) _tile_loadd(3, out + 3 * TILE_WORDS, 64);
-}
-
-INLINE void store_results(const Products& products, float* out) {
+// out [elements, 16 rows], `count` (up to 4) tiles of it, = what it was (nothing, if it is fresh) + values times probabilities.
+INLINE void add_value_tiles(
+    const uint32_t* values, const uint32_t* probabilities, int64_t steps, int64_t count, int64_t value_tiles, bool is_fresh,
+    float* out) {
+    if (is_fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, out, 64);
+        if (count > 1) _tile_loadd(1, out + TILE_WORDS, 64);
+        if (count > 2) _tile_loadd(2, out + 2 * TILE_WORDS, 64);
+        if (count > 3) _tile_loadd(3, out + 3 * TILE_WORDS, 64);
+    }
+    for (; steps; steps--, values += value_tiles * TILE_WORDS, probabilities += TILE_WORDS) {
+        _tile_loadd(6, probabilities, 64);
+        _tile_loadd(4, values, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (count > 1) {
+            _tile_loadd(5, values + TILE_WORDS, 64);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        if (count > 2) {
+            _tile_loadd(4, values + 2 * TILE_WORDS, 64);
+            _tile_dpbf16ps(2, 4, 6);
+        }
+        if (count > 3) {
+            _tile_loadd(5, values + 3 * TILE_WORDS, 64);
+            _tile_dpbf16ps(3, 5, 6);
+        }
+    }
     _tile_stored(0, out, 64);
-    if (products.count > 1) _tile_stored(1, out + TILE_WORDS, 64);
-    if (products.count > 2) _tile_stored(2, out + 2 * TILE_WORDS, 64);
-    if (products.count > 3) _tile_stored(3, out + 3 * TILE_WORDS, 64);
+    if (count > 1) _tile_stored(1, out + TILE_WORDS, 64);
+    if (count > 2) _tile_stored(2, out + 2 * TILE_WORDS, 64);
+    if (count > 3) _tile_stored(3, out + 3 * TILE_WORDS, 64);
 }
 
 // Two to the power of x, and half of the last digit that a bfloat16 of it has: where the other digits are cut off, it is
@@ -161,12 +172,12 @@ INLINE Floats power_to_cut(Floats x) {
     return (Floats)_mm512_scalef_ps((__m512)y, (__m512)x);
 }
 
-// Probabilities of a quarter of a step: pairs of keys side by side, as the unit reads them.
-INLINE void soften_quarter(
+// Probabilities of a step, pairs of keys side by side, as the unit reads them.
+INLINE void soften_step(
     const float* scores, uint32_t* probabilities, float scale, Floats reference, Floats& sum, Floats& also) {
     const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
-#pragma GCC unroll 4
-    for (int pair = 0; pair < 4; pair++) {
+#pragma GCC unroll 16
+    for (int pair = 0; pair < 16; pair++) {
         const Floats even = power_to_cut(load_raw<Floats>(scores + 32 * pair) * scale - reference);
         const Floats odd = power_to_cut(load_raw<Floats>(scores + 32 * pair + 16) * scale - reference);
         const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)even, 16), (__m512i)odd);
@@ -178,8 +189,11 @@ INLINE void soften_quarter(
 
 // Scores of 16 rows with cap and slopes, in exponents of 2; those that are hidden, minus infinity; and the rows' greatest.
 INLINE Floats look_over(
-    const Layer& layer, float* scores, int64_t num_keys, int64_t begin, Ints positions, Floats slopes, float& scale) {
-    const int64_t first_position = positions[0], last_position = positions[15];
+    const Layer& layer, float* scores, int64_t num_keys, int64_t begin, const int32_t* row_positions, const float* row_slopes,
+    float& scale) {
+    const int64_t first_position = row_positions[0], last_position = row_positions[15];
+    const auto positions = load_raw<Ints>(row_positions);
+    const auto slopes = load_raw<Floats>(row_slopes);
     scale = layer.scale * LOG2_E;
     if (layer.soft_cap || layer.alibi_slopes || scale <= 0) {
         for (int64_t key = 0; key < num_keys; key++) {
@@ -209,10 +223,9 @@ INLINE Floats look_over(
     return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])) * scale;
 }
 
-// Results of 16 rows: divided by their sums, turned and rounded, 32 elements at a time.
+// Results of 16 rows (null: there is none): divided by their sums, turned and rounded, 32 elements at a time.
 INLINE void write_rows(
-    const float* results, Floats sums, int64_t value_tiles, int64_t head_size, int64_t first_row, int64_t rows, int64_t group,
-    int64_t stride, BFloat16* out) {
+    const float* results, Floats sums, int64_t value_tiles, int64_t head_size, BFloat16* const* out) {
     const Floats factors = 1.0f / sums;
     typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
     Halves pairs;  // of elements side by side
@@ -226,7 +239,8 @@ INLINE void write_rows(
                 square[i] = Ints{};
                 continue;
             }
-            const auto even = load_raw<Floats>(results + 32 * i) * factors, odd = load_raw<Floats>(results + 32 * i + 16) * factors;
+            const Floats even = load_raw<Floats>(results + 32 * i) * factors;
+            const Floats odd = load_raw<Floats>(results + 32 * i + 16) * factors;
             const auto both = (Halves)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
             square[i] = (Ints)__builtin_shuffle(both, pairs);
         }
@@ -235,9 +249,7 @@ INLINE void write_rows(
         const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-            const int64_t row = first_row + i;
-            if (row < rows)
-                _mm512_mask_storeu_epi16(out + row / group * stride + row % group * head_size + 16 * tile, mask, (__m512i)square[i]);
+            if (out[i]) _mm512_mask_storeu_epi16(out[i] + 16 * tile, mask, (__m512i)square[i]);
         }
     }
 }
@@ -253,10 +265,10 @@ INLINE void attend_turned(
     const int64_t position = batch.seq_lens[item.seq] - num_queries + item.first;
     const TurnedTile tile = turned_tile_of(row_tiles, key_parts, value_tiles);
     turn_queries(q + token * q_stride + first_head * head_size, q_stride, group, head_size, rows, key_parts, tile.queries);
-    for (int64_t i = 0; i < 16 * row_tiles; i++) {
-        const int64_t row = std::min(i, rows - 1);
-        tile.positions[i] = position + row / group;
-        tile.slopes[i] = layer.alibi_slopes ? layer.alibi_slopes[first_head + row % group] : 0.0f;
+    for (int64_t i = 0, at = position, head = 0; i < 16 * row_tiles; i++) {
+        tile.positions[i] = std::min(at, item.key_end - 1);
+        tile.slopes[i] = layer.alibi_slopes ? layer.alibi_slopes[first_head + head] : 0.0f;
+        if (++head == group) head = 0, at++;
         tile.references[i] = -INFINITY;
         tile.sums[i] = 0;
     }
@@ -267,8 +279,8 @@ INLINE void attend_turned(
         const int64_t next = now ^ 1, end = begin + MATRIX_KEYS;
         locate_each(batch, layer, cache, item.seq, kv_head, end, item.key_end, MATRIX_KEYS, keys[next], values[next]);
         const int64_t num_steps = (std::min<int64_t>(MATRIX_KEYS, item.key_end - begin) + STEP_KEYS - 1) / STEP_KEYS;
-        copy_keys(keys[now], keys[next], num_steps * STEP_KEYS, head_size, key_parts, tile.keys);
-        turn_values(values[now], values[next], num_steps * STEP_KEYS, head_size, value_tiles, tile.values);
+        copy_keys(keys[now], num_steps * STEP_KEYS, head_size, key_parts, tile.keys);
+        turn_values(values[now], num_steps * STEP_KEYS, head_size, value_tiles, tile.values);
         // Steps that 16 rows see of the block: up to the last one's position.
         const auto steps_of = [&](int64_t i) {
             if (i >= row_tiles || first_visible(tile.positions[16 * i], layer.window) >= end) return int64_t(0);
@@ -277,30 +289,22 @@ INLINE void attend_turned(
         };
         int64_t first = 0;
         while (first < row_tiles && !steps_of(first)) first++;
-        Products products{tile.queries + first * key_parts * TILE_WORDS, tile.keys, tile.scores, key_parts,
-                          tile.values, tile.probabilities, std::min<int64_t>(4, value_tiles), value_tiles};
-        asm volatile("" : : : "memory");  // nor does gcc know that tiles are loaded from memory
-        int64_t steps = steps_of(first);
-        for (int64_t step = 0; step < steps; step++) {
-            multiply_keys<0>(products, step);
-            multiply_keys<1>(products, step);
-            multiply_keys<2>(products, step);
-            multiply_keys<3>(products, step);
-        }
-        for (int64_t i = first, next_steps; steps; i++, steps = next_steps) {
-            next_steps = steps_of(i + 1);
-            float* scores = products.scores;
-            products.queries += key_parts * TILE_WORDS;
-            products.scores = scores == tile.scores ? tile.scores + MATRIX_KEYS * 16 : tile.scores;
+        const auto score = [&](int64_t i) __attribute__((always_inline)) {
+            asm volatile("" : : : "memory");  // nor does gcc know that tiles are loaded from memory
+            score_tiles(tile.queries + i * key_parts * TILE_WORDS, tile.keys, 2 * steps_of(i), key_parts, tile.scores);
+        };
+        // The next block is asked for bit by bit: in one go it would take as long as it takes to come.
+        int64_t num_asked = 0;
+        const int64_t asked_at_once = (MATRIX_KEYS + row_tiles - first - 1) / (row_tiles - first);
+        score(first);
+        for (int64_t i = first, steps; (steps = steps_of(i)); i++) {
             float* results = tile.out + i * value_tiles * TILE_WORDS;
             asm volatile("" : : : "memory");
             float scale;
             const Floats largest = look_over(
-                layer, scores, steps * STEP_KEYS, begin, load_raw<Ints>(tile.positions + 16 * i),
-                load_raw<Floats>(tile.slopes + 16 * i), scale);
+                layer, tile.scores, steps * STEP_KEYS, begin, tile.positions + 16 * i, tile.slopes + 16 * i, scale);
             Floats reference = load_raw<Floats>(tile.references + 16 * i), sum = load_raw<Floats>(tile.sums + 16 * i);
-            // The first row sees the earliest keys: it has a reference as soon as the others.
-            const bool is_fresh = reference[0] == -INFINITY;
+            const bool is_fresh = first_visible(tile.positions[16 * i], layer.window) >= begin;  // the first block they see
             const Ints is_above = largest > reference + MAX_ABOVE_REFERENCE;
             if (bits_of(is_above)) {
                 const Floats before = reference;
@@ -315,55 +319,35 @@ INLINE void attend_turned(
             }
             // Nothing visible so far: any finite reference turns the hidden keys into zeros.
             reference = reference == -INFINITY ? Floats{} : reference;
+            const int64_t now_asked = std::min(asked_at_once, MATRIX_KEYS - num_asked);
+            prefetch(keys[next] + num_asked, now_asked, head_size);
+            prefetch(values[next] + num_asked, now_asked, head_size);
+            num_asked += now_asked;
             Floats also{};
-            asm volatile("" : : : "memory");
-            begin_results(products, results, is_fresh);
-            const auto quarter = [&](int64_t step, auto which) __attribute__((always_inline)) {
-                constexpr int QUARTER = decltype(which)::value;
-                if (step < next_steps) multiply_keys<QUARTER>(products, step);
-                if (step > 0 && step <= steps) multiply_values<QUARTER>(products, step - 1);
-                if (step < steps)
-                    soften_quarter(
-                        scores + (32 * step + 8 * QUARTER) * 16, tile.probabilities + (16 * step + 4 * QUARTER) * 16, scale,
-                        reference, sum, also);
-                asm volatile("" : : : "memory");
-            };
-            for (int64_t step = 0; step < std::max(steps + 1, next_steps); step++) {
-                quarter(step, std::integral_constant<int, 0>{});
-                quarter(step, std::integral_constant<int, 1>{});
-                quarter(step, std::integral_constant<int, 2>{});
-                quarter(step, std::integral_constant<int, 3>{});
-            }
-            store_results(products, results);
+            for (int64_t step = 0; step < steps; step++)
+                soften_step(
+                    tile.scores + 2 * step * TILE_WORDS, tile.probabilities + step * TILE_WORDS, scale, reference, sum, also);
             store_raw(tile.sums + 16 * i, sum + also);
-            for (int64_t done = 4; done < value_tiles; done += 4) {
-                Products others = products;
-                others.values += done * TILE_WORDS;
-                others.count = std::min<int64_t>(4, value_tiles - done);
-                begin_results(others, results + done * TILE_WORDS, is_fresh);
-                for (int64_t step = 0; step < steps; step++) {
-                    multiply_values<0>(others, step);
-                    multiply_values<1>(others, step);
-                    multiply_values<2>(others, step);
-                    multiply_values<3>(others, step);
-                }
-                store_results(others, results + done * TILE_WORDS);
-            }
+            score(i + 1);
+            for (int64_t done = 0; done < value_tiles; done += 4)
+                add_value_tiles(
+                    tile.values + done * TILE_WORDS, tile.probabilities, steps, std::min<int64_t>(4, value_tiles - done),
+                    value_tiles, is_fresh, results + done * TILE_WORDS);
         }
         asm volatile("" : : : "memory");
     }
-    for (int64_t i = 0; i < row_tiles; i++) {
+    for (int64_t i = 0, at = token, head = 0; i < row_tiles; i++) {
         const float* results = tile.out + i * value_tiles * TILE_WORDS;
-        if (!partial) {
-            write_rows(
-                results, load_raw<Floats>(tile.sums + 16 * i), value_tiles, head_size, 16 * i, rows, group,
-                layer.num_heads * head_size, out + (token * layer.num_heads + first_head) * head_size);
-            continue;
+        BFloat16* to[16];
+        for (int64_t row = 16 * i; row < 16 * i + 16; row++) {
+            to[row % 16] = row < rows ? out + (at * layer.num_heads + first_head + head) * head_size : nullptr;
+            if (partial && row < rows) {
+                float result[MAX_HEAD_SIZE];
+                for (int64_t element = 0; element < head_size; element++) result[element] = results[element * 16 + row % 16];
+                finish(layer, result, tile.references[row], tile.sums[row], at, first_head + head, partial, out);
+            }
+            if (++head == group) head = 0, at++;
         }
-        for (int64_t row = 16 * i; row < std::min(rows, 16 * i + 16); row++) {
-            float result[MAX_HEAD_SIZE];
-            for (int64_t element = 0; element < head_size; element++) result[element] = results[element * 16 + row % 16];
-            finish(layer, result, tile.references[row], tile.sums[row], token + row / group, first_head + row % group, partial, out);
-        }
+        if (!partial) write_rows(results, load_raw<Floats>(tile.sums + 16 * i), value_tiles, head_size, to);
     }
 }
