@@ -81,7 +81,10 @@ class EdgeOptions:
     max_body_bytes: int = option(8 * 2**20, "The largest request body.", minimum=1024, unit="bytes")
     max_header_bytes: int = option(16384, "The most that a request's headers may have together.", minimum=1024, unit="bytes")
     receive_timeout: float = option(
-        60.0, "How long a client may take to send a request's headers, and then its body.", minimum=0.1, unit="s"
+        60.0,
+        "How long a client may take to send a request's headers, and then its body, and to read some of its answer.",
+        minimum=0.1,
+        unit="s",
     )
     metrics_port: int | None = option(
         None, "Serve /metrics and /health on this port too, without a key; 0 takes a free one.", minimum=0, maximum=65535

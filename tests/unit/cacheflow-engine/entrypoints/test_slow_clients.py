@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from cacheflow.asgi import answer_for, read_json_object, send_answer, send_error
+from cacheflow.asgi import ClientGoneError, answer_for, read_json_object, send_answer, send_error, while_connected
 from cacheflow.edge import EdgeOptions, Guard
 from cacheflow.entrypoints.turns import turn_taking_protocol
 from cacheflow.errors import CacheflowError
@@ -22,18 +22,34 @@ DEADLINE_S = 180.0
 OPTIONS = EdgeOptions(receive_timeout=TIMEOUT_S)
 HEAD = b"POST /%s HTTP/1.1\r\nHost: localhost\r\n"
 
+ENDED: list[str] = []
+"""Paths of endless answers whose clients have gone."""
+
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """Reads a body, but not on /unread, and takes longer for its answer than a client may for a request."""
     try:
+        if scope["path"].startswith("/endless"):
+            await read_json_object(receive, 1000)
+            with contextlib.suppress(ClientGoneError):
+                await while_connected(receive, send_for_ever(send))
+            ENDED.append(scope["path"])
+            return
         if scope["path"] != "/unread":
             await read_json_object(receive, 1000)
             await asyncio.sleep(2 * TIMEOUT_S)
         await send_answer(send, 200, "text/plain", b"done")
     except CacheflowError as error:
         await send_error(send, answer_for(error))
+
+
+async def send_for_ever(send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while True:
+        await send({"type": "http.response.body", "body": b"x" * 2**20, "more_body": True})
+        await asyncio.sleep(0)
 
 
 def talk_to_server(talk: Talk) -> bytes:
@@ -143,6 +159,28 @@ def test_what_is_no_request_is_answered_as_all_errors_are(sent: bytes, status: i
     error = json.loads(body)["error"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, code)
     assert status == 400 or "more than 16384 bytes" in error["message"]
+
+
+def test_who_reads_nothing_of_an_answer_is_cut_off() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(HEAD % b"endless/unread" + b"Content-Length: 2\r\n\r\n{}")
+        while "/endless/unread" not in ENDED:
+            await asyncio.sleep(0.02)
+        return b""
+
+    talk_to_server(talk)
+
+
+def test_who_reads_an_answer_slowly_is_not_cut_off() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(HEAD % b"endless/slow" + b"Content-Length: 2\r\n\r\n{}")
+        for _ in range(60):
+            await reader.readexactly(2**18)
+            await asyncio.sleep(TIMEOUT_S / 20)
+        assert "/endless/slow" not in ENDED
+        return b""
+
+    talk_to_server(talk)
 
 
 @pytest.mark.parametrize(("path", "status"), [(b"unread", 200), (b"", 400)])

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with a limit on how long a connection may take to send the headers of a request.
+"""HTTP/1.1 as uvicorn speaks it, with limits on how long a client may take: for a request's headers, to read of its answer.
 
 What is no such request is answered as all errors are. Bodies have their limits in `cacheflow.edge`. It knows no application. It
 imports uvicorn, which is there where a frontend is.
@@ -21,6 +21,7 @@ from cacheflow.asgi import error_document
 class TimedProtocol(H11Protocol):
     """Cuts a connection off that is not within an answer for too long: it sent nothing, or bytes that make up no request.
 
+    So it does with one that takes nothing of its answer for as long, once more waits for it than the system keeps.
     Between two requests uvicorn closes a connection on which nothing comes at all, and does so sooner.
     """
 
@@ -28,6 +29,7 @@ class TimedProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         self._timeout_s = timeout_s
         self._deadline: asyncio.TimerHandle | None = None
+        self._write_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         """The time begins."""
@@ -55,10 +57,37 @@ class TimedProtocol(H11Protocol):
                 self.transport.write(self.conn.send(event))
         self.transport.close()
 
+    def pause_writing(self) -> None:
+        """More waits to be sent than is kept: the client does not read, or not as fast."""
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        self._unwatch_writing()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """It is of no concern any more."""
         self._unwatch()
+        self._unwatch_writing()
         super().connection_lost(exc)
+
+    def _watch_writing(self) -> None:
+        num_bytes = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() >= num_bytes:
+                self.transport.abort()  # It has taken nothing at all.
+            else:
+                self._watch_writing()
+
+        self._write_deadline = self.loop.call_later(self._timeout_s, check)
+
+    def _unwatch_writing(self) -> None:
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
