@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +33,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def forward(
-    dtype: torch.dtype, num_tokens: int, *, is_fused: bool, settings: dict[str, bool], form: str = "plain"
+    dtype: torch.dtype, num_tokens: int, *, is_fused: bool, settings: Mapping[str, int], form: str = "plain"
 ) -> tuple[torch.Tensor, list[int]]:
     """Hidden states of a small random model whose attention is a mixture of what it is given, and the order of its layers."""
     provider = CpuOps(OpSpec(dtype=dtype, device=CPU))
@@ -59,7 +59,7 @@ def forward(
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_decoder_gives_bit_for_bit_what_its_ops_give(
-    dtype: torch.dtype, num_tokens: int, settings: dict[str, bool]
+    dtype: torch.dtype, num_tokens: int, settings: dict[str, int]
 ) -> None:
     fused, layers = forward(dtype, num_tokens, is_fused=True, settings=settings)
     single, _ = forward(dtype, num_tokens, is_fused=False, settings=settings)
@@ -67,11 +67,15 @@ def test_a_fused_decoder_gives_bit_for_bit_what_its_ops_give(
     assert torch.equal(fused, single)
 
 
+@pytest.mark.parametrize(("form", "inner"), [("plain", 112), ("int8_dynamic", 112), ("int8_dynamic", 128)])
 @pytest.mark.parametrize("num_tokens", [80, 300, 1100, 3300])
-def test_rows_shared_out_among_threads_give_the_same_bits(num_tokens: int, threads: Callable[[int], None]) -> None:
-    single, _ = forward(torch.bfloat16, num_tokens, is_fused=False, settings={})
+def test_rows_shared_out_among_threads_give_the_same_bits(
+    num_tokens: int, form: str, inner: int, threads: Callable[[int], None]
+) -> None:
+    settings = {"intermediate_size": inner}
+    single, _ = forward(torch.bfloat16, num_tokens, is_fused=False, settings=settings, form=form)
     threads(2)
-    fused, _ = forward(torch.bfloat16, num_tokens, is_fused=True, settings={})
+    fused, _ = forward(torch.bfloat16, num_tokens, is_fused=True, settings=settings, form=form)
     assert torch.equal(fused, single)
 
 

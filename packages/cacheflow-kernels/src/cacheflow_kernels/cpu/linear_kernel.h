@@ -537,8 +537,8 @@ static float quantise_row(const void* row, int64_t size, float* turned, uint8_t*
     return top / 127.0f;
 }
 
-// x / (1 + e^-x) for a result of type T. In bfloat16, whose rounding is off by 2e-3, 2^f for f from 0 to 1 comes from a polynomial
-// that is off by 8e-5 and the reciprocal from an estimate that is off by 6e-5: 9 instructions for 16 gates.
+// x / (1 + e^-x) for a result of type T. In bfloat16, whose rounding is off by 2e-3, 2^f for f from 0 to 1 comes from a
+// polynomial that is off by 8e-5 and the reciprocal from an estimate that is off by 6e-5: 9 instructions for 16 gates.
 template <class T>
 INLINE Floats gate(Floats x) {
 #if LANES == 16

@@ -1,6 +1,6 @@
-// The products of linear_many_rows.h for DYNAMIC_INT8 with rows of bfloat16. Two panels of bytes fit the first cache, so that 16
+// The products of linear_many_rows.h for DYNAMIC_INT8 with rows of bfloat16. Where two panels of bytes fit the first cache, 16
 // rows, which come from the second, meet 64 columns at once: half as many lines for a product as with 32 rows and 32 columns.
-// Rows are signed here: no offset is to be taken from their sums.
+// Rows so few that they fit it meet 16 columns at once, and each line of weights is read once.
 #pragma GCC push_options
 #pragma GCC target( \
     "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8,prefer-vector-width=512")
@@ -9,7 +9,7 @@ namespace many_rows {
 // Floats of 16 rows times a panel.
 constexpr int64_t UNIT_SUMS = UNIT_ROWS * PANEL;
 
-// 16 rows whose sums for two panels are complete and whose results are not written yet.
+// Up to 16 rows whose sums for two panels are complete and whose results are not written yet.
 template <bool IS_GATED>
 struct UnfinishedUnit {
     static constexpr int64_t COLUMNS = IS_GATED ? PANEL / 2 : PANEL;
@@ -157,8 +157,9 @@ static void stream_strips(const Block& b, const Team& team) {
             Piece next{panel + lines * PANEL_UNIT, size * PANEL_UNIT};
             if (p + 1 == cut.end) {
                 const int64_t next_size = lines * (part + 2) / num_parts - last;
-                next = last < lines ? Piece{(const char*)l.weight + (cut.begin * lines + last) * PANEL_UNIT, next_size * PANEL_UNIT}
-                                    : Piece{};
+                next = {};
+                if (last < lines)
+                    next = {(const char*)l.weight + (cut.begin * lines + last) * PANEL_UNIT, next_size * PANEL_UNIT};
             }
             Fetching fetching(next, 8 * size);
             float* c = sums + (num_parts > 1 ? p - cut.begin : p % 2) * PANEL_SUMS;

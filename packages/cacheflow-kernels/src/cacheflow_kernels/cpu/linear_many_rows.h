@@ -34,8 +34,8 @@ static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 static int64_t lines_of(const Linear& l) { return divided_up(l.in_features * (l.form == DYNAMIC_INT8 ? 1 : 2), LINE); }
 
-// Whether two panels fit the first cache, so that 16 rows meet both at once. Down of SmolLM2-135M (k = 1,536), in three parts, was
-// slower so.
+// Whether two panels fit the first cache, so that 16 rows meet both at once. Down of SmolLM2-135M (k = 1,536), in three parts,
+// was slower so.
 static bool has_pairs(const Linear& l) { return l.form == DYNAMIC_INT8 && l.is_bfloat16 && 2 * lines_of(l) <= PART_LINES; }
 
 // Rows as the unit reads them: [rows / 16][lines][16][64].
@@ -93,8 +93,8 @@ static bool rounds_units(const Linear& l) { return l.form == DYNAMIC_INT8 && l.i
 
 // Writes up to 16 rows of the block, from `row`.
 static void round_rows(const Block& b, const amx::RowsToRound& from, int64_t row) {
-    amx::round_rows<0>(
-        from, std::min(UNIT_ROWS, b.rows - row), b.l.in_features, (uint8_t*)b.tiles.unit(row, 0), LINE, UNIT, b.row_scales + row);
+    const int64_t rows = std::min(UNIT_ROWS, b.rows - row);
+    amx::round_rows<0>(from, rows, b.l.in_features, (uint8_t*)b.tiles.unit(row, 0), LINE, UNIT, b.row_scales + row);
 }
 
 // Weights that a thread reads one after the other.

@@ -1,5 +1,5 @@
-// Rows of bfloat16 for DYNAMIC_INT8, as quantise_row of linear_kernel.h makes them, with the turning done by the matrix unit:
-// for 16 rows in the time of one by vectors.
+// Rows of bfloat16 for DYNAMIC_INT8, as quantise_row of linear_kernel.h makes them, but 16 at once, turned by the matrix unit.
+// All such rows of a machine that has it are made so, as it adds in another order.
 #pragma GCC push_options
 #pragma GCC target( \
     "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8,prefer-vector-width=512")
@@ -110,7 +110,8 @@ static void round_rows(
         for (int i = 0; i < (rest ? 4 : 0); i++) {
             const int64_t left = rest - 16 * i;
             const __mmask16 exist = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, from.line(row, 2 * num_blocks) + 32 * i));
+            const __m256i bits = _mm256_maskz_loadu_epi16(exist, from.line(row, 2 * num_blocks) + 32 * i);
+            const __m512i wide = _mm512_cvtepu16_epi32(bits);
             last[i] = (__m512)_mm512_slli_epi32(wide, 16);
             tops[row] = _mm512_max_epi32(tops[row], magnitude_bits(last[i]));
         }
