@@ -121,6 +121,17 @@ def test_attention_over_a_cache_with_nan_in_unread_slots_is_at_most_twice_as_far
 
 
 @at_every_level
+@dtypes
+def test_attention_is_as_near_where_later_keys_have_far_greater_scores(dtype: torch.dtype) -> None:
+    case = PagedCase(name="", query_lens=(1, 200), context_lens=(900, 400), num_heads=6)
+    inputs = paged_inputs(case)
+    inputs = PagedInputs(**{**vars(inputs), "k_cache": 20 * inputs.k_cache}).to(dtype)
+    expected = reference.paged_attention(*arguments_of(case, inputs.to(torch.float64)))
+    torchs = relative_rms(torchs_attention(case, inputs), expected)
+    assert relative_rms(attend(case, inputs), expected) <= max(2 * torchs, LIMITS[dtype] / 2)
+
+
+@at_every_level
 @cases
 @dtypes
 def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(case: PagedCase, dtype: torch.dtype) -> None:
