@@ -158,7 +158,7 @@ struct Strided {
     }
 };
 
-// As run, for a thread of a team, which has all of the residual for itself. Without `next` x is the thread's rows of the result.
+// As run, for a thread of a team, which has all of the residual for itself. Without `next` x is its rows of the result.
 void run_together(
     const Decoder& d, const DecoderStep& s, const DecoderLayer* done, const char* attended, int64_t stride,
     const DecoderLayer* next, const Team& team, char* residual, char* inner) {
@@ -226,8 +226,9 @@ extern "C" void cf_whole_decoder(
     const int64_t q_size = d.num_heads * d.head_size, k_size = d.num_kv_heads * d.head_size, row = q_size + 2 * k_size;
     const int64_t element = element_size(d), residual_bytes = s.rows * d.hidden_size * element;
     const bool has_chunks = s.rows >= MIN_CHUNK * s.num_threads;
-    const bool is_together =
-        !has_chunks && s.rows >= MIN_TOGETHER && s.num_threads <= MAX_TOGETHER && !omp_get_dynamic() && can_be_together(*layers);
+    // Each thread keeps its residual from region to region, which want as many threads then.
+    const bool is_together = !has_chunks && s.rows >= MIN_TOGETHER && s.num_threads <= MAX_TOGETHER && !omp_get_dynamic() &&
+                             can_be_together(*layers);
     char *residuals = nullptr, *inner = nullptr;
     if (is_together) {
         residuals = residual_memory.get((s.num_threads - 1) * residual_bytes);

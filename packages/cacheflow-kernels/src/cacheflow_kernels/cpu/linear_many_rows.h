@@ -26,8 +26,6 @@ constexpr int64_t MIN_BLOCK_ROWS = 256;
 // (k = 1,536), 256 rows on each of two threads: 203 us in three such parts, 294 in two, 268 in one.
 constexpr int64_t PART_LINES = 18;
 
-constexpr int64_t PANELS_BEHIND = 3;
-
 static thread_local Scratch tile_memory, scale_memory, sum_memory, turned_memory, byte_memory, inner_memory;
 
 static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -200,27 +198,6 @@ struct Cut {
     }
 };
 
-// Tiles of results that other threads write and this one will read: asked for while it multiplies, a few panels after they were
-// written.
-struct Pulled {
-    const Linear& l;
-    const Team& team;
-    const Results& results;
-    int64_t panel_bytes;  // of a row
-
-    // A share of what belongs to a panel of each thread, the n-th of its panels.
-    void ask(int64_t n, int64_t tile) const {
-        for (int64_t other = 0; other < team.size; other++) {
-            const int64_t first = l.num_panels * other / team.size, panel = first + n - PANELS_BEHIND;
-            if (other == team.index || panel < first) continue;
-            const int64_t at = panel * panel_bytes;
-            const int64_t row = tile * TILE_ROWS + at % LINE / panel_bytes * UNIT_ROWS;
-            const char* unit = Tiles{results.memory, results.lines}.unit(row, at / LINE);
-            for (int64_t i = 0; i < UNIT; i += LINE) _mm_prefetch(unit + i, _MM_HINT_T1);
-        }
-    }
-};
-
 // The block times a thread's share of the panels. Meanwhile it asks for what follows, in the end for `following`.
 template <class T, bool IS_INTEGER, bool IS_GATED>
 static void multiply_panels(const Block& b, const Team& team, const Piece& following) {
@@ -233,7 +210,6 @@ static void multiply_panels(const Block& b, const Team& team, const Piece& follo
     const int64_t num_sums = (num_spans > 1 ? cut.end - begin : 1) * (has_parts ? num_tiles : 2) * TILE_SUMS;
     float* sums = (float*)sum_memory.get(num_sums * 4);
     Unfinished<T, IS_INTEGER, IS_GATED> unfinished;
-    const Pulled pulled{l, team, b.results, COLUMNS * (int64_t)sizeof(T)};
     int64_t number = 0;
     for (int64_t span = 0; span < num_spans; span++) {
         const int64_t span_first = cut.first_line(span), span_lines = cut.first_line(span + 1) - span_first;
@@ -248,7 +224,6 @@ static void multiply_panels(const Block& b, const Team& team, const Piece& follo
                 const auto meanwhile = [&, at_once = divided_up(TILE_ROWS, last - first)]()
                                            __attribute__((always_inline)) { unfinished.finish(at_once); };
                 for (int64_t tile = 0; tile < num_tiles; tile++, number++) {
-                    if (IS_GATED && b.results.lines) pulled.ask(p - begin, tile);
                     const int64_t row = tile * TILE_ROWS, rows = std::min(TILE_ROWS, b.rows - row);
                     const int64_t kept = (num_spans > 1 ? p - begin : 0) * num_tiles + tile;
                     float* c = sums + (has_parts ? kept : number % 2) * TILE_SUMS;
