@@ -29,15 +29,13 @@ thread_local Scratch row_scratch, scale_scratch, sum_scratch, own_scratch;
 // layer of 576 with 2,048 rows took 12.2 ms without blocks, and 6.5 with blocks and without a copy of the rows.
 constexpr int64_t BLOCK_BYTES = 768 << 10;
 
-// Items of a panel's columns that stay in the first cache of 48 KiB while two tiles pass by: 36 KiB.
-constexpr int64_t UNIT_STEPS = 288;
-
 // Rows that threads share out to round them to bytes, though a single tile holds them. Gate and up of SmolLM2-135M ran 24 rows
 // at 11 times the vectors' speed before, and at 13.4 times so.
 constexpr int64_t MIN_SHARED_ROWS = 16;
 
-// Of products that linear_many_rows.h has.
-constexpr int64_t MIN_MANY_ROWS = 65;
+// Of products that linear_many_rows.h has: more than a tile of the matrix unit. What SmolLM2-135M does between attention calls
+// took 7.8 ms for 17 rows and 8.1 for 32, by it 8.5 and 8.2.
+constexpr int64_t MIN_MANY_ROWS = amx::TILE_ROWS + 1;
 
 // Rows that meet one strip of grouped integers while it is in the nearest cache.
 constexpr int64_t GROUPED_ROWS = 64;
@@ -78,10 +76,10 @@ struct Product {
     // Whether x has the type that is multiplied.
     bool is_ready() const { return takes_bfloat16() || (!l.is_bfloat16 && l.form != DYNAMIC_INT8); }
 
-    // Whether x can be read where it lies: one tile, or two of the matrix unit, which need no padding.
+    // Whether x can be read where it lies.
     bool is_in_place() const {
         return is_ready() && l.in_features * (l.is_bfloat16 ? 2 : 4) == items * 4 && stride_bytes % 4 == 0 &&
-               (num_tiles == 1 || is_streamed());
+               num_tiles == 1;
     }
 
     void copy_row(int64_t row, int32_t* activations) const {
@@ -155,10 +153,8 @@ struct Product {
         }
     }
 
-    // Whether all rows meet a panel when it comes from memory: a single tile by the matrix unit, or two of the same height,
-    // which share a row where the rows are odd.
-    bool is_streamed() const { return !tiles && num_tiles <= (is_grouped() ? 1 : 2); }
-    int64_t streamed_height() const { return (rows + num_tiles - 1) / num_tiles; }
+    // Whether all rows are a single tile of the matrix unit, which meets a panel when it comes from memory.
+    bool is_streamed() const { return !tiles && num_tiles == 1; }
 
     // The panels from `begin` to before `end`, where is_streamed.
     void stream_panels(int64_t begin, int64_t end) const {
@@ -172,12 +168,10 @@ struct Product {
         }
         const auto choose = [&](auto is_integer) {
             constexpr bool I = is_integer.value;
-            if (num_tiles == 2)
-                stream_tiles<I, true, 2>(begin, end);
-            else if (rows > amx::UNIT_ROWS)
-                stream_tiles<I, true, 1>(begin, end);
+            if (rows > amx::UNIT_ROWS)
+                stream_tile<I, true>(begin, end);
             else
-                stream_tiles<I, false, 1>(begin, end);
+                stream_tile<I, false>(begin, end);
         };
         if (l.form == DYNAMIC_INT8)
             choose(std::true_type{});
@@ -187,39 +181,17 @@ struct Product {
 
     // Vectors finish a tile while the unit multiplies the next one, so that memory does not wait for them. A model's products
     // of 32 rows took 9.8 ms with each finished before the next, and 8.7 so.
-    template <bool IS_INTEGER, bool HAS_TWO, int TILES>
-    void stream_tiles(int64_t begin, int64_t end) const {
-        const int64_t num_parts = TILES == 1 ? 1 : (steps + UNIT_STEPS - 1) / UNIT_STEPS, height = streamed_height();
-        alignas(64) float sums[3][amx::TILE_ROWS * PANEL];
-        int64_t started = 0, finished = 0;  // tiles, counted over all panels
-        const auto start_of = [&](int64_t n) { return n % TILES ? rows - height : 0; };
-        const auto finish_part = [&](int64_t first, int64_t last) {
-            const int64_t start = start_of(finished);
-            finish(begin + finished / TILES, start + first, start + last, sums[finished % 3] + first * PANEL);
-        };
-        // Each of two tiles asks for half of what comes next, so they start half a part ahead. 64 rows took 13.7 ms before,
-        // 12.1 so.
-        const char* weight = (const char*)l.weight;
-        const char* next = weight + begin * panel_bytes + STREAM_AHEAD + (TILES - 1) * (steps / num_parts) * PANEL * 4 / TILES;
+    template <bool IS_INTEGER, bool HAS_TWO>
+    void stream_tile(int64_t begin, int64_t end) const {
+        alignas(64) float sums[2][amx::TILE_ROWS * PANEL];
         for (int64_t p = begin; p < end; p++) {
-            const char* panel = weight + p * panel_bytes;
-            for (int64_t part = 0, first = 0; part < num_parts; part++) {
-                const int64_t last = (steps / 16 * (part + 1) / num_parts) * 16;
-                for (int64_t n = started; n < started + TILES; n++) {
-                    const int64_t ended = part < num_parts - 1 ? started : n;
-                    amx::stream<IS_INTEGER, HAS_TWO, TILES>(
-                        activations + start_of(n) * stride + first, stride, height, panel + first * PANEL * 4, last - first,
-                        part > 0, sums[n % 3], next, [&](int64_t from, int64_t to) {
-                            if (finished < ended) finish_part(from, to);
-                        });
-                    finished = ended;
-                    next += (last - first) * PANEL * 4 / TILES;
-                }
-                first = last;
-            }
-            started += TILES;
+            const char* panel = (const char*)l.weight + p * panel_bytes;
+            amx::stream<IS_INTEGER, HAS_TWO>(
+                activations, stride, rows, panel, steps, sums[p % 2], panel + STREAM_AHEAD, [&](int64_t from, int64_t to) {
+                    if (p > begin) finish(p - 1, from, to, sums[(p - 1) % 2] + from * PANEL);
+                });
         }
-        if (finished < started) finish_part(0, height);
+        finish(end - 1, 0, rows, sums[(end - 1) % 2]);
     }
 
     void finish(int64_t p, int64_t start, int64_t end, const float* c) const {
@@ -311,13 +283,14 @@ extern "C" void cf_linear(
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; row += at_once) prepare(row);
         }
-        if (!product.tiles) amx::begin(product.is_streamed() ? product.streamed_height() : std::min(rows, product.tile_rows));
+        if (!product.tiles) amx::begin(std::min(rows, product.tile_rows));
         // For those rows that vectors multiply in its place.
         const unsigned control = _mm_getcsr();
         if (product.is_grouped() && !product.tiles) _mm_setcsr(control | FLUSHES_DENORMALS);
         if (product.is_streamed()) {
             const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-            product.stream_panels(l.num_panels * i / n, l.num_panels * (i + 1) / n);
+            const int64_t begin = l.num_panels * i / n, end = l.num_panels * (i + 1) / n;
+            if (begin < end) product.stream_panels(begin, end);
         } else {
             for (int64_t first = 0; first < product.num_tiles; first += block) {
                 const int64_t last = std::min(first + block, product.num_tiles);

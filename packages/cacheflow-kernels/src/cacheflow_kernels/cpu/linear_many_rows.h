@@ -103,19 +103,31 @@ struct Piece {
 
 // Weights that are asked for, evenly over the steps that come: the first line of each page, then the second of each. The
 // processor goes on by itself where lines follow one another, and does so in all these pages. A model's products of 128 rows:
-// 16.5 ms with one line behind the other, 13.0 so.
+// 16.5 ms with one line behind the other, 13.0 so. Of longer panels so many pages at once: 64 rows took layers of the 1B shape
+// (32 and 128 pages) 29.6 ms with all of them, 23.5 so.
+constexpr int64_t PAGES_AT_ONCE = 9;
+
 struct Fetching {
-    const char *first, *next, *end;
+    const char *pages, *pages_end, *first, *next, *end;
     int64_t step, due = 0;  // bytes
 
     Fetching(const Piece& piece, int64_t steps)
-        : first(piece.begin), next(piece.begin), end(piece.begin + piece.bytes), step(steps ? piece.bytes / steps : 0) {}
+        : end(piece.begin + piece.bytes), step(steps ? piece.bytes / steps : 0) {
+        begin_pages(piece.begin);
+    }
+
+    __attribute__((always_inline)) void begin_pages(const char* begin) {
+        pages = first = next = begin;
+        pages_end = std::min(begin + PAGES_AT_ONCE * PAGE, end);
+    }
 
     __attribute__((always_inline)) void go_on() {
         for (due += step; due >= LINE; due -= LINE) {
             _mm_prefetch(next, _MM_HINT_T1);
             next += PAGE;
-            if (next >= end) next = first += LINE;
+            if (next < pages_end) continue;
+            next = first += LINE;
+            if (first == pages + PAGE) begin_pages(pages_end);
         }
     }
 };

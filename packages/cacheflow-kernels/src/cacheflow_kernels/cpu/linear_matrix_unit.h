@@ -77,46 +77,36 @@ static inline __attribute__((always_inline)) void store_sums(float* c) {
     }
 }
 
-// As a Tile, for rows so few that all of them meet a panel when it comes from memory: one tile, or TILES of them. Registers 0
-// to 3 are sums, 4 and 5 activations, 6 and 7 weights. Where `goes_on`, c holds what was summed before. Lines of weights are
-// asked for in the order in which memory holds them, evenly among the other work and across a panel's end: `next` is the first
-// of those that this tile asks for, its share of as many as it reads. While the unit multiplies, meanwhile(from, to) is called
-// for parts of [0, height), one after the other: for what vectors have to do with an earlier tile of as many rows.
-template <bool IS_INTEGER, bool HAS_TWO, int TILES, class Meanwhile>
+// As a Tile, for rows so few that a single tile holds them and meets a panel when it comes from memory. Registers 0 to 3 are
+// sums, 4 and 5 activations, 6 and 7 weights. Lines of weights are asked for in the order in which memory holds them, evenly
+// among the other work and across a panel's end: `next` is the first of those that this tile asks for, as many as it reads.
+// While the unit multiplies, meanwhile(from, to) is called for parts of [0, height), one after the other: for what vectors have
+// to do with an earlier tile.
+template <bool IS_INTEGER, bool HAS_TWO, class Meanwhile>
 static void stream(
-    const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, bool goes_on, float* c, const char* next,
+    const void* rows, int64_t stride, int64_t height, const char* panel, int64_t steps, float* c, const char* next,
     const Meanwhile& meanwhile) {
     const int64_t row_bytes = stride * 4, panel_row_bytes = PANEL * 4;
     const char *upper = (const char*)rows, *lower = upper + UNIT_ROWS * row_bytes;
-    begin_sums<HAS_TWO>(c, TILES > 1 && goes_on);
+    begin_sums<HAS_TWO>(c, false);
     // A quarter of a step's lines.
     const auto fetch = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
-        for (int line = 0; line < 8 / TILES; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
-        next += 8 / TILES * 64;
+        for (int line = 0; line < 8; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        next += 8 * 64;
     };
     const int64_t part = (height * 16 + steps - 1) / steps;
     int64_t done = 0;
     for (int64_t step = 0; step < steps; step += 16) {
-        const char *x = upper + step * 4, *y = lower + step * 4, *columns = panel + step * panel_row_bytes;
+        const char* columns = panel + step * panel_row_bytes;
+        _tile_loadd(4, upper + step * 4, row_bytes);
+        fetch();
         // What is read once should not take the first cache's place from what is read again.
-        if (TILES == 1) {
-            _tile_loadd(4, x, row_bytes);
-            fetch();
-            _tile_stream_loadd(6, columns, panel_row_bytes);
-            fetch();
-            _tile_stream_loadd(7, columns + 64, panel_row_bytes);
-            fetch();
-            if (HAS_TWO) _tile_loadd(5, y, row_bytes);
-        } else {
-            _tile_stream_loadd(4, x, row_bytes);
-            fetch();
-            _tile_loadd(6, columns, panel_row_bytes);
-            fetch();
-            _tile_loadd(7, columns + 64, panel_row_bytes);
-            fetch();
-            if (HAS_TWO) _tile_stream_loadd(5, y, row_bytes);
-        }
+        _tile_stream_loadd(6, columns, panel_row_bytes);
+        fetch();
+        _tile_stream_loadd(7, columns + 64, panel_row_bytes);
+        fetch();
+        if (HAS_TWO) _tile_loadd(5, lower + step * 4, row_bytes);
         fetch();
         add_to_sums<IS_INTEGER, HAS_TWO>();
         if (done < height) {
