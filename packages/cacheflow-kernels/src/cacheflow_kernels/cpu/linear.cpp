@@ -245,8 +245,6 @@ extern "C" void cf_linear(
     }
     if (!product.tiles && !product.is_grouped() && rows >= MIN_MANY_ROWS)
         return many_rows::multiply(l, x, rows, product.stride_bytes, out, num_threads);
-    if (!product.tiles && many_rows::rounds_units(l) && rows > amx::TILE_ROWS)
-        return many_rows::multiply_strips(l, x, rows, product.stride_bytes, out, num_threads);
     product.num_tiles = (rows + product.tile_rows - 1) / product.tile_rows;
     product.row_scales = (float*)scale_scratch.get(rows * 4);
     if (product.sums_groups()) product.row_sums = (float*)sum_scratch.get(rows * num_groups(l) * 4);
