@@ -898,7 +898,8 @@ def test_requests_that_carry_too_much_together_are_refused_until_there_is_room(
     with engine_at(address, core, Backlog(core, EngineConfig())):
 
         async def work(client: EngineClient) -> None:
-            large = replace(request("a", ENDLESS), params=SamplingParams(max_tokens=ENDLESS, seed=0, extra={"x": "y" * 4000}))
+            params = SamplingParams(max_tokens=ENDLESS, ignore_eos=True, extra={"x": "y" * 4000})
+            large = replace(request("a", ENDLESS), params=params)
             running = asyncio.create_task(tokens_of(client, large))
             await stats_when(client, lambda stats: stats.num_running == 1)
             with pytest.raises(EngineOverloadedError, match="and at most 5000 are taken"):
