@@ -58,6 +58,7 @@ SCRIPTS = {
         f"llm = LLM(folder + '/hf', dtype='bfloat16', kv_cache_memory={KV_CACHE_GB})\n"
         "llm.generate(['Hello'], SamplingParams(max_tokens=1), use_tqdm=False)",
         ("cacheflow-engine", "cacheflow-kernels", "cacheflow-openai"),
+        filled_mb=537,  # cacheflow.worker.pages
     ),
     "vllm": Script(
         "from vllm import LLM, SamplingParams",
